@@ -1,0 +1,273 @@
+"""NeuronSelection: which neurons of which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_simu._checks import check_choice, check_count, check_number, problem
+from torch_simu._files import load_tensors, save_tensors
+from torch_simu.layers import Selector, attention_projections, neuron_dim, num_neurons, select_layers
+
+_KIND = "NeuronSelection"
+
+
+class NeuronSelection(Mapping[str, Tensor]):
+    """Which neurons of which layers: sorted, without duplicates, checked, immutable.
+
+    A layer is a name from `model.named_modules()`; a neuron is one input feature of that layer. A layer of
+    `num_neurons` that `neurons` leaves out has no selected neuron. Selections are equal, and hash equally, when their
+    content is. `a | b`, `a & b` and `a - b` are the set operations, layer by layer.
+
+    Args:
+        neurons: Layer -> indices, in any order, duplicates allowed.
+        num_neurons: Layer -> how many neurons the layer has.
+
+    Raises:
+        ValueError: If an index is out of bounds, a layer has no size, or a size is not positive.
+        TypeError: If an index is not a whole number.
+
+    Examples:
+        >>> selection = NeuronSelection({"mlp": [3, 1, 3]}, {"mlp": 4})
+        >>> selection["mlp"]
+        tensor([1, 3])
+        >>> selection.mask("mlp")
+        tensor([False,  True, False,  True])
+        >>> selection.fraction
+        0.5
+    """
+
+    __slots__ = ("_indices", "_num_neurons")
+
+    def __init__(self, neurons: Mapping[str, Iterable[int] | Tensor], num_neurons: Mapping[str, int]) -> None:
+        sizes = {layer: check_count(f"num_neurons[{layer!r}]", size) for layer, size in num_neurons.items()}
+        for layer in neurons:
+            if layer not in sizes:
+                raise ValueError(
+                    problem(f"Layer {layer!r} has neurons but no size", f"num_neurons for each of {list(neurons)}")
+                )
+        self._num_neurons: Mapping[str, int] = MappingProxyType(sizes)
+        self._indices: dict[str, tuple[int, ...]] = {
+            layer: _checked_indices(layer, neurons.get(layer, ()), size) for layer, size in sizes.items()
+        }
+
+    @classmethod
+    def from_masks(cls, masks: Mapping[str, Tensor]) -> NeuronSelection:
+        """Select the neurons whose entry is True.
+
+        Args:
+            masks: Layer -> bool tensor. Shape of each: `(num_neurons,)`.
+
+        Raises:
+            ValueError: If a mask is not a 1-D bool tensor.
+        """
+        for layer, mask in masks.items():
+            if mask.dtype != torch.bool or mask.dim() != 1:
+                wrong = f"The mask of layer {layer!r} has dtype {mask.dtype} and shape {tuple(mask.shape)}"
+                raise ValueError(problem(wrong, "a 1-D bool tensor"))
+        indices = {layer: mask.nonzero()[:, 0] for layer, mask in masks.items()}
+        return cls(indices, {layer: mask.numel() for layer, mask in masks.items()})
+
+    @classmethod
+    def full(cls, model: nn.Module, select: Selector | None = None) -> NeuronSelection:
+        """Select every neuron of the layers (`select` as in `torch_simu.layers.select_layers`)."""
+        sizes = {name: num_neurons(module) for name, module in select_layers(model, select).items()}
+        return cls({name: range(size) for name, size in sizes.items()}, sizes)
+
+    @classmethod
+    def random(
+        cls, model: nn.Module, fraction: float, generator: torch.Generator | None = None, select: Selector | None = None
+    ) -> NeuronSelection:
+        """Select the same fraction of neurons in each layer at random.
+
+        Args:
+            model: The model whose layers are meant.
+            fraction: Share of each layer's neurons, rounded to the nearest count.
+            generator: Source of randomness, on the CPU.
+            select: Which layers, as in `torch_simu.layers.select_layers`; None: the MLP down projections.
+
+        Raises:
+            ValueError: If `fraction` is not between 0 and 1.
+        """
+        check_number("fraction", fraction, high=1.0)
+        sizes = {name: num_neurons(module) for name, module in select_layers(model, select).items()}
+        neurons = {
+            name: torch.randperm(size, generator=generator)[: round(fraction * size)] for name, size in sizes.items()
+        }
+        return cls(neurons, sizes)
+
+    @property
+    def num_neurons(self) -> Mapping[str, int]:
+        """Layer -> how many neurons it has."""
+        return self._num_neurons
+
+    @property
+    def num_selected(self) -> int:
+        """How many neurons are selected, over all layers."""
+        return sum(map(len, self._indices.values()))
+
+    @property
+    def fraction(self) -> float:
+        """Share of all neurons that is selected."""
+        return self.num_selected / max(1, sum(self._num_neurons.values()))
+
+    def mask(self, layer: str) -> Tensor:
+        """Return a new bool tensor with True at the selected neurons. Shape: `(num_neurons,)`."""
+        mask = torch.zeros(self._num_neurons[self._known(layer)], dtype=torch.bool)
+        mask[self[layer]] = True
+        return mask
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Return the sorted indices of a layer as a new int64 tensor. Shape: `(num_selected,)`."""
+        return torch.tensor(self._indices[self._known(layer)], dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._indices
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NeuronSelection):
+            return NotImplemented
+        return self._num_neurons == other._num_neurons and self._indices == other._indices
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self._num_neurons.items()), frozenset(self._indices.items())))
+
+    def __repr__(self) -> str:
+        total = sum(self._num_neurons.values())
+        share = f"{self.num_selected} of {total} neurons, {100 * self.fraction:.3g} %"
+        return f"NeuronSelection({len(self)} layers, {share})"
+
+    def __or__(self, other: NeuronSelection) -> NeuronSelection:
+        return self._combined(other, set.union)
+
+    def __and__(self, other: NeuronSelection) -> NeuronSelection:
+        return self._combined(other, set.intersection)
+
+    def __sub__(self, other: NeuronSelection) -> NeuronSelection:
+        return self._combined(other, set.difference)
+
+    def __reduce__(self) -> tuple[type[NeuronSelection], tuple[dict[str, tuple[int, ...]], dict[str, int]]]:
+        return NeuronSelection, (self._indices, dict(self._num_neurons))
+
+    def param_groups(
+        self, model: nn.Module, attention: Literal["full", "frozen"] = "full"
+    ) -> list[dict[str, object]]:
+        """Return groups for `SIMUOptimizer`, and set `requires_grad` so that nothing else trains.
+
+        Args:
+            model: The model the selection was made on.
+            attention: "full" trains the attention projections whole, as in the paper; "frozen" leaves them alone.
+
+        Returns:
+            One group per layout of the weights (`neuron_dim` -1 for linear layers, 0 for `Conv1D`) with the keys
+            `params`, `neurons` (aligned with `params`) and `neuron_dim`, and one for the attention projections.
+
+        Raises:
+            KeyError: If a layer is not in the model.
+            ValueError: If a layer has another number of neurons, shares its weight with another layer, or holds
+                quantized codes, which cannot be trained in place.
+        """
+        check_choice("attention", attention, ("full", "frozen"))
+        modules = select_layers(model, self) if len(self) else {}
+        groups: dict[int, dict[str, object]] = {}
+        owners: dict[int, str] = {}
+        for name, module in modules.items():
+            self._check_layer(name, module)
+            weight = cast("nn.Parameter", module.weight)
+            if (owner := owners.setdefault(id(weight), name)) != name:
+                raise ValueError(problem(f"Layers {owner!r} and {name!r} share one weight", "a weight per layer"))
+            dim = neuron_dim(module)
+            group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
+            cast("list[nn.Parameter]", group["params"]).append(weight)
+            cast("list[list[int]]", group["neurons"]).append(list(self._indices[name]))
+        result = list(groups.values())
+        if attention == "full":
+            projections = attention_projections(model).values()
+            params = [param for projection in projections for param in projection.parameters(recurse=False)]
+            for param in params:
+                _check_trainable("an attention projection", param)
+            result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
+        model.requires_grad_(False)
+        for group in result:
+            for param in cast("list[nn.Parameter]", group["params"]):
+                param.requires_grad_(True)
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Write the selection to `path` (safetensors with a JSON header), whole or not at all."""
+        tensors = {layer: self[layer] for layer in self}
+        save_tensors(path, _KIND, tensors, {"num_neurons": dict(self._num_neurons)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuronSelection:
+        """Read a selection that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or holds something else.
+        """
+        tensors, header = load_tensors(path, _KIND)
+        return cls(tensors, cast("dict[str, int]", header["num_neurons"]))
+
+    def _combined(self, other: NeuronSelection, operation: object) -> NeuronSelection:
+        if not isinstance(other, NeuronSelection):
+            return NotImplemented
+        for layer in self._num_neurons.keys() & other._num_neurons.keys():
+            if self._num_neurons[layer] != other._num_neurons[layer]:
+                wrong = f"Layer {layer!r} has {self._num_neurons[layer]} and {other._num_neurons[layer]} neurons"
+                raise ValueError(problem(wrong, "selections of the same model"))
+        combine = cast("type[set[int]]", operation)
+        sizes = {**self._num_neurons, **other._num_neurons}
+        neurons = {
+            layer: combine(set(self._indices.get(layer, ())), set(other._indices.get(layer, ()))) for layer in sizes
+        }
+        return NeuronSelection(neurons, sizes)
+
+    def _known(self, layer: str) -> str:
+        if layer not in self._indices:
+            raise KeyError(problem(f"Layer {layer!r} is not in the selection", f"one of {list(self._indices)}"))
+        return layer
+
+    def _check_layer(self, name: str, module: nn.Module) -> None:
+        if (size := num_neurons(module)) != self._num_neurons[name]:
+            wrong = f"The selection was made on {self._num_neurons[name]} neurons of layer {name!r}, this one has {size}"
+            raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
+        _check_trainable(f"layer {name!r}", cast("nn.Parameter", module.weight))
+
+
+def _check_trainable(what: str, param: nn.Parameter) -> None:
+    if not param.is_floating_point():
+        raise ValueError(
+            problem(
+                f"The weight of {what} holds {param.dtype} codes", "a floating-point weight", "Use attach_deltas first."
+            )
+        )
+
+
+def _checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:
+    if isinstance(indices, Tensor):
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            advice = "Use NeuronSelection.from_masks for masks." if indices.dtype == torch.bool else ""
+            raise TypeError(problem(f"The neurons of layer {layer!r} are {indices.dtype}", "whole numbers", advice))
+        values = sorted(set(indices.flatten().tolist()))
+    else:
+        found = set(indices)
+        if wrong := [index for index in found if isinstance(index, bool) or not hasattr(index, "__index__")]:
+            raise TypeError(problem(f"Layer {layer!r} selects neuron {wrong[0]!r}", "whole numbers"))
+        values = sorted({index.__index__() for index in found})
+    if values and (values[0] < 0 or values[-1] >= size):
+        index = values[0] if values[0] < 0 else values[-1]
+        wrong_index = f"Layer {layer!r} selects neuron {index}"
+        raise ValueError(problem(wrong_index, f"0 <= index < {size}", "Was the selection made on another model?"))
+    return tuple(values)
