@@ -1,0 +1,286 @@
+"""SIMUOptimizer takes clipped second-order steps on selected neurons, and touches and stores nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests import laws
+from tests.strategies import Layer, Options, float_dtypes, layers, normal, options, seeds
+from torch_simu import NeuronSelection, SIMUOptimizer
+
+ways = st.sampled_from(
+    [{}, {"foreach": True}, {"capturable": True}, {"stochastic_rounding": True}, {"master_weights": True}]
+)
+PLAIN = Options(lr=0.1, beta1=0.5, beta2=0.5, rho=1.0, weight_decay=0.1, clip=1.0, interval=2)
+
+
+@given(layers(), options, float_dtypes, seeds, ways)
+def test_unselected_weights_are_bit_identical_after_any_number_of_steps(layer, o, dtype, seed, way):
+    laws.unselected_weights_stay(SIMUOptimizer, layer, o, dtype, seed, **way)
+
+
+@given(layers(), options, seeds)
+def test_unselected_neurons_have_no_optimizer_state(layer, o, seed):
+    laws.state_is_compact(SIMUOptimizer, layer, o, seed)
+
+
+@given(layers(), options, seeds, st.booleans())
+def test_every_step_matches_dense_masked_sophia(layer, o, seed, foreach):
+    laws.steps_match_the_reference(SIMUOptimizer, layer, o, seed, foreach=foreach)
+
+
+@given(layers(fully=True), options, seeds)
+def test_selecting_every_neuron_matches_the_dense_reference(layer, o, seed):
+    laws.steps_match_the_reference(SIMUOptimizer, layer, o, seed)
+
+
+@given(layers(fully=True), options, seeds)
+def test_selecting_every_neuron_is_the_same_as_no_neurons_argument(layer, o, seed):
+    one, first = laws.make(SIMUOptimizer, layer, o)
+    two = nn.Parameter(layer.weight())
+    second = SIMUOptimizer([two], **{key: first.defaults[key] for key in ("lr", "betas", "rho", "weight_decay", "clip", "hessian_interval")})
+    laws.train(one, first, seed, 0, 4)
+    laws.train(two, second, seed, 0, 4)
+    assert torch.equal(one, two)
+
+
+@given(layers(), options, seeds, st.randoms(use_true_random=False))
+def test_order_and_duplicates_of_indices_do_not_matter(layer, o, seed, random):
+    results = []
+    for shuffled in (False, True):
+        neurons = list(layer.neurons)
+        if shuffled:
+            neurons = neurons + neurons[:2]
+            random.shuffle(neurons)
+        param = nn.Parameter(layer.weight())
+        optimizer = SIMUOptimizer([{"params": [param], "neurons": [neurons], "neuron_dim": layer.dim}], lr=o.lr)
+        laws.train(param, optimizer, seed, 0, 3)
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@given(layers(), options, seeds, st.sampled_from([1e-20, 1.0, 1e20]))
+def test_no_entry_moves_farther_than_lr_times_clip(layer, o, seed, size):
+    laws.steps_are_bounded(SIMUOptimizer, layer, o, seed, size)
+
+
+@given(layers(), options, seeds, st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.booleans())
+def test_a_non_finite_gradient_changes_nothing_and_is_counted(layer, o, seed, bad, capturable):
+    assume(layer.neurons)
+    laws.non_finite_gradients_change_nothing(SIMUOptimizer, layer, o, seed, bad, capturable=capturable)
+
+
+def test_a_non_finite_gradient_is_said():
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = SIMUOptimizer([param])
+    param.grad = torch.tensor([1.0, float("nan")])
+    with pytest.warns(RuntimeWarning, match=r"not finite; this step changed nothing \(1 so far\)"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@given(layers(), options, float_dtypes, seeds, ways)
+def test_a_reloaded_optimizer_continues_bit_identically(layer, o, dtype, seed, way):
+    laws.reload_continues_identically(SIMUOptimizer, layer, o, dtype, seed, **way)
+
+
+@given(layers(), seeds, float_dtypes)
+def test_state_is_float32_whatever_the_weights(layer, seed, dtype):
+    param, optimizer = laws.make(SIMUOptimizer, layer, PLAIN, dtype)
+    laws.train(param, optimizer, seed, 0, 1)
+    assert {optimizer.state[param][key].dtype for key in ("exp_avg", "hessian")} == {torch.float32}
+
+
+@given(layers(), options, seeds)
+def test_foreach_is_bit_equal_to_the_loop(layer, o, seed):
+    results = []
+    for foreach in (False, True):
+        param, optimizer = laws.make(SIMUOptimizer, layer, o, foreach=foreach)
+        laws.train(param, optimizer, seed, 0, 4)
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@given(layers(), options, seeds)
+def test_maximize_is_the_step_on_the_negated_gradient(layer, o, seed):
+    up, ascending = laws.make(SIMUOptimizer, layer, o, maximize=True)
+    down, descending = laws.make(SIMUOptimizer, layer, o)
+    for number in range(3):
+        up.grad = normal(seed + number, *up.shape)
+        down.grad = -up.grad
+        ascending.step()
+        descending.step()
+    assert torch.equal(up, down)
+
+
+@given(layers(), options, seeds, st.floats(0.5, 1024.0))
+def test_grad_scale_undoes_the_scaling_of_the_loss(layer, o, seed, scale):
+    states = []
+    for factor in (None, scale):
+        param, optimizer = laws.make(SIMUOptimizer, layer, o)
+        param.grad = normal(seed, *param.shape) * (factor or 1.0)
+        optimizer.update_hessian(5, grad_scale=factor)
+        states.append(optimizer.state[param]["hessian"])
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("way", "low", "high"),
+    [({}, 0.0, 0.0), ({"stochastic_rounding": True}, 0.9, 1.1), ({"master_weights": True}, 0.5, 1.5)],
+)
+def test_steps_below_the_spacing_of_bfloat16_survive_only_rounded_or_on_a_master_copy(way, low, high):
+    param = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+    optimizer = SIMUOptimizer([param], lr=1e-4, **way)
+    for _ in range(70):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    realised = (1 - param.detach().float().mean().item()) / (70 * 1e-4)
+    assert low <= realised <= high
+
+
+def test_the_refresh_is_due_after_step_one_and_then_every_interval():
+    param = nn.Parameter(torch.ones(1))
+    optimizer = SIMUOptimizer([param], hessian_interval=3)
+    due = []
+    for number in range(1, 9):
+        param.grad = torch.ones(1)
+        optimizer.step()
+        if optimizer.hessian_due:
+            due.append(number)
+            optimizer.update_hessian(1)
+    assert due == [1, 4, 7]
+
+
+def test_named_parameters_with_a_selection_train_the_selected_neurons_only():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = SIMUOptimizer(model.named_parameters(), lr=0.1, selection=NeuronSelection({"1": [2]}, {"1": 3}))
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    changed = {name: (value != before[name]).nonzero().tolist() for name, value in model.state_dict().items()}
+    assert changed == {"0.weight": [], "0.bias": [], "1.weight": [[0, 2], [1, 2]], "1.bias": []}
+
+
+def test_parameters_without_gradient_are_skipped_and_empty_ones_are_fine():
+    still, empty, moving = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2))
+    optimizer = SIMUOptimizer([still, empty, moving], lr=0.1)
+    empty.grad, moving.grad = torch.zeros(0, 3), torch.ones(2)
+    optimizer.step()
+    assert torch.equal(still, torch.ones(2)) and not torch.equal(moving, torch.ones(2))
+
+
+def test_deepcopy_and_a_scheduler_work_as_on_any_optimizer():
+    param = nn.Parameter(torch.ones(2))
+    optimizer = SIMUOptimizer([param], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert copy.deepcopy(optimizer).param_groups[0]["num_steps"] == 1
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    param = nn.Parameter(torch.ones(2))
+    optimizer = SIMUOptimizer([param], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 2.0
+
+
+def test_diagnostics_count_unclipped_entries():
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = SIMUOptimizer([param], betas=(0.0, 0.0), rho=1.0)
+    assert optimizer.diagnostics() == {"unclipped": [None], "skipped_steps": 0}
+    param.grad = torch.tensor([2.0, 2.0])
+    optimizer.step()
+    param.grad = torch.tensor([1.0, 2.0])
+    optimizer.update_hessian(1)
+    assert optimizer.diagnostics()["unclipped"] == [0.5]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("lr", -1.0, r"lr is -1.0, expected a finite number in \[0, inf\)"),
+            ("lr", torch.ones(2), "lr is a tensor of 2 elements"),
+            ("lr", "fast", "lr is 'fast' of type str"),
+            ("betas", (1.0, 0.9), r"betas\[0\] is 1.0"),
+            ("rho", float("nan"), "rho is nan"),
+            ("eps", 0.0, "eps is 0.0"),
+            ("clip", 0, "clip is 0"),
+            ("weight_decay", -0.1, "weight_decay is -0.1"),
+            ("hessian_interval", 0, "hessian_interval is 0"),
+            ("hessian_interval", 1.5, "hessian_interval is 1.5 of type float"),
+            ("state_dtype", torch.int8, "state_dtype is torch.int8"),
+        ],
+    )
+    def test_options_out_of_bounds_are_refused(self, option, value, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            SIMUOptimizer([nn.Parameter(torch.ones(2))], **{option: value})
+
+    @pytest.mark.parametrize(
+        ("group", "message"),
+        [
+            ({"neurons": [0, 1]}, r"neurons is \[0, 1\], expected a list of 1 entries"),
+            ({"neurons": [[0], [1]]}, "expected a list of 1 entries"),
+            ({"neurons": [[4]]}, r"selects neuron 4, expected 0 <= index < 4"),
+            ({"neurons": [[-1]]}, r"selects neuron -1, expected 0 <= index < 4"),
+            ({"neurons": [[0.5]]}, r"selects neuron 0.5, expected whole numbers"),
+            ({"neurons": [[0]], "neuron_dim": 2}, r"neuron_dim is 2, expected a dimension of parameter 0, \(3, 4\)"),
+        ],
+    )
+    def test_misaligned_neurons_are_refused(self, group, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            SIMUOptimizer([{"params": [nn.Parameter(torch.ones(3, 4))], **group}])
+
+    def test_complex_parameters_and_sparse_gradients_are_refused(self):
+        with pytest.raises(ValueError, match="dtype torch.complex64"):
+            SIMUOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+        embedding = nn.Embedding(3, 2, sparse=True)
+        optimizer = SIMUOptimizer(embedding.parameters())
+        embedding(torch.tensor([0])).sum().backward()
+        with pytest.raises(RuntimeError, match="gradient is sparse"):
+            optimizer.step()
+
+    def test_another_selection_or_shape_is_refused_and_nothing_changes(self):
+        layer = Layer(num_neurons=4, width=2, dim=-1, contiguous=True, neurons=(0, 2), seed=0)
+        other = Layer(num_neurons=4, width=2, dim=-1, contiguous=True, neurons=(1, 2), seed=0)
+        wider = Layer(num_neurons=4, width=3, dim=-1, contiguous=True, neurons=(0, 2), seed=0)
+        param, optimizer = laws.make(SIMUOptimizer, layer, PLAIN)
+        laws.train(param, optimizer, 0, 0, 1)
+        saved = optimizer.state_dict()
+        for wrong, message in ((other, "has other neurons"), (wider, r"exp_avg of parameter 0 has shape \(2, 2\)")):
+            _, fresh = laws.make(SIMUOptimizer, wrong, PLAIN)
+            with pytest.raises(ValueError, match=message):
+                fresh.load_state_dict(saved)
+            assert not fresh.state
+
+    def test_a_selection_needs_names_and_its_own_model(self):
+        model = nn.Sequential(nn.Linear(4, 3))
+        selection = NeuronSelection({"0": [1]}, {"0": 4})
+        with pytest.raises(TypeError, match="unnamed params"):
+            SIMUOptimizer(model.parameters(), selection=selection)
+        with pytest.raises(KeyError, match="'9.weight' of the selection is missing"):
+            SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"9": [1]}, {"9": 4}))
+        with pytest.raises(ValueError, match=r"has shape \(3, 4\), expected 7 neurons"):
+            SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"0": [1]}, {"0": 7}))
+
+    def test_a_refresh_needs_a_positive_number_of_tokens(self):
+        optimizer = SIMUOptimizer([nn.Parameter(torch.ones(2))])
+        with pytest.raises(ValueError, match="num_tokens is 0"):
+            optimizer.update_hessian(0)
+        with pytest.raises(ValueError, match="grad_scale is -1"):
+            optimizer.update_hessian(1, grad_scale=-1)

@@ -1,0 +1,5 @@
+"""Step 2: the optimizer with sparse second-order state."""
+
+from torch_simu.optimizer.simu import SIMUOptimizer
+
+__all__ = ["SIMUOptimizer"]

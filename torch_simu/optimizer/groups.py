@@ -1,0 +1,82 @@
+"""The optimizer's parameter groups: which entries of which parameters train, and with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import check_count, check_number, problem
+from torch_simu.neurons import NeuronSelection
+
+
+def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[dict[str, Any]]:
+    """Return a group per layout in which each named parameter trains the selected neurons of its layer, or nothing."""
+    named = list(params)
+    if not all(isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in named):
+        raise TypeError(
+            problem("selection was given with unnamed params", "model.named_parameters()", "Or pass selection.param_groups(model).")
+        )
+    names = {name for name, _ in named}
+    for layer in selection:
+        if f"{layer}.weight" not in names:
+            raise KeyError(problem(f"Parameter {f'{layer}.weight'!r} of the selection is missing", "it among params"))
+    groups: dict[int, dict[str, Any]] = {}
+    for name, param in named:
+        layer = name.removesuffix(".weight")
+        dim, neurons = -1, []
+        if layer in selection and layer != name:
+            # GPT-2's Conv1D holds its neurons in the first dimension; a square weight is taken as a linear layer's.
+            size = selection.num_neurons[layer]
+            dim = 0 if param.shape[-1] != size and param.shape[0] == size else -1
+            if param.shape[dim] != size:
+                wrong = f"Parameter {name!r} has shape {tuple(param.shape)}"
+                raise ValueError(problem(wrong, f"{size} neurons", "Was the selection made on another model?"))
+            neurons = selection[layer].tolist()
+        group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
+        group["params"].append((name, param))
+        group["neurons"].append(neurons)
+    return list(groups.values())
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise when a hyper-parameter of a group is out of bounds."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(problem(f"lr is a tensor of {lr.numel()} elements", "one element"))
+    else:
+        check_number("lr", lr)
+    for number, beta in enumerate(betas):
+        check_number(f"betas[{number}]", beta, high=1.0, high_open=True)
+    for name in ("rho", "weight_decay"):
+        check_number(name, options[name])
+    for name in ("eps", "clip"):
+        check_number(name, options[name], low_open=True)
+    check_count("hessian_interval", options["hessian_interval"])
+    if options["state_dtype"] not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(problem(f"state_dtype is {options['state_dtype']}", "torch.float32, float64 or bfloat16"))
+
+
+def checked_neurons(params: list[Any], neurons: Any, dim: int) -> list[list[int] | None]:
+    """Return `neurons` aligned with `params`, each sorted, without duplicates and within bounds."""
+    if neurons is None:
+        neurons = [None] * len(params)
+    if not isinstance(neurons, list | tuple) or len(neurons) != len(params) or any(isinstance(n, int) for n in neurons):
+        wrong = f"neurons is {neurons!r}" if len(str(neurons)) < 80 else f"neurons has {len(neurons)} entries"
+        raise ValueError(problem(wrong, f"a list of {len(params)} entries: None, or a list of indices per parameter"))
+    checked: list[list[int] | None] = []
+    for number, (param, chosen) in enumerate(zip(params, neurons, strict=True)):
+        # What is no tensor at all, the base class refuses with its own message.
+        if isinstance(param, Tensor) and not param.is_floating_point():
+            raise ValueError(problem(f"Parameter {number} has dtype {param.dtype}", "real floating-point parameters"))
+        if chosen is None:
+            checked.append(None)
+            continue
+        if not -param.dim() <= dim < param.dim():
+            raise ValueError(problem(f"neuron_dim is {dim}", f"a dimension of parameter {number}, {tuple(param.shape)}"))
+        name = f"params[{number}]"
+        checked.append(NeuronSelection({name: chosen}, {name: max(1, param.shape[dim])})[name].tolist())
+    return checked
