@@ -13,7 +13,13 @@ def problem(wrong: str, expected: str, advice: str = "") -> str:
 
 
 def check_number(
-    name: str, value: object, *, low: float = 0.0, high: float = math.inf, low_open: bool = False, high_open: bool = False
+    name: str,
+    value: object,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
 ) -> float:
     """Return `value` as a float inside the interval, or raise an error that names the interval."""
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
@@ -41,6 +47,4 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     listed = ", ".join(repr(choice) for choice in choices)
-    raise ValueError(
-        problem(f"{name} is {value!r}", f"one of {listed}", f"Did you mean {near[0]!r}?" if near else "")
-    )
+    raise ValueError(problem(f"{name} is {value!r}", f"one of {listed}", f"Did you mean {near[0]!r}?" if near else ""))

@@ -21,11 +21,23 @@ _VERSION = 1
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends without an exception."""
+    """Yield a temporary path beside `path` that takes its place when the block ends without an exception.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If `path` is a folder.
+        PermissionError: If the folder is not writable.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(problem(f"The folder of {str(path)!r} does not exist", "an existing folder"))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if path.is_dir():
+        raise IsADirectoryError(problem(f"{str(path)!r} is a folder", "the name of a file"))
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except PermissionError:
+        wrong = f"The folder of {str(path)!r} is not writable"
+        raise PermissionError(problem(wrong, "a folder that you may write to")) from None
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -49,8 +61,16 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], hea
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read a file that `save_tensors` wrote, refusing any other kind or version."""
+    """Read a file that `save_tensors` wrote, refusing any other kind or version.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If `path` is a folder.
+        ValueError: If the file is damaged or of another kind or version.
+    """
     expected = f"a torch_simu file of kind {kind!r}, version {_VERSION}"
+    if Path(path).is_dir():
+        raise IsADirectoryError(problem(f"{str(path)!r} is a folder", expected))
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("torch_simu", "null"))

@@ -19,9 +19,12 @@ _FALCON = (r"mlp\.dense_4h_to_h", r"(?:attention|self_attention)\.(?:query_key_v
 # Model type -> (down projections, attention projections), as regular expressions for the end of the module name.
 _FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        **dict.fromkeys(
-            "llama mistral olmo olmo2 olmo3 qwen2 qwen3 gemma gemma2 gemma3 gemma3_text cohere cohere2 stablelm".split(),
-            _LLAMA,
+        **dict.fromkeys(("llama", "mistral", "olmo", "olmo2", "olmo3", "qwen2", "qwen3", "stablelm"), _LLAMA),
+        **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "cohere", "cohere2"), _LLAMA),
+        # Its vision tower has projections of the same names, which are no part of the language model.
+        "gemma3": (
+            r"language_model\.layers\.\d+\.mlp\.down_proj",
+            r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
         ),
         "phi3": (r"mlp\.down_proj", r"self_attn\.(?:qkv|o)_proj"),
         "phi": (r"mlp\.fc2", r"self_attn\.(?:[qkv]_proj|dense)"),
@@ -79,7 +82,7 @@ def select_layers(model: nn.Module, select: Selector | None = None) -> dict[str,
         Name -> module, never empty.
 
     Raises:
-        ValueError: If nothing matches; the message lists the candidates.
+        ValueError: If nothing matches, or the expression is not valid; the message lists the candidates.
         KeyError: If an exact name is not in the model.
 
     Examples:
@@ -113,7 +116,8 @@ def down_projections(model: nn.Module, pattern: str | None = None) -> dict[str, 
         pattern: Regular expression for the end of the layer names, for models that are not in the table.
 
     Raises:
-        ValueError: If the model is not known or nothing matches; the message lists the candidate layers.
+        ValueError: If the model is not known, nothing matches (the message lists the candidate layers), or the model
+            has experts fused into one parameter and no `pattern` says which other layers are meant.
         TypeError: If a matching layer is neither linear nor `Conv1D`.
     """
     return _projections(model, pattern, 0, "MLP down projections")
@@ -127,6 +131,8 @@ def attention_projections(model: nn.Module, pattern: str | None = None) -> dict[
 def _projections(model: nn.Module, pattern: str | None, which: int, what: str) -> dict[str, nn.Module]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if pattern is None:
+        if which == 0:
+            _refuse_fused_experts(model)
         pattern = _known_pattern(model, model_type, which)
     if pattern is None:
         wrong = f"The {what} of {type(model).__name__} (model type {model_type!r}) are not known"
@@ -157,8 +163,19 @@ def _known_pattern(model: nn.Module, model_type: object, which: int) -> str | No
     return "|".join(re.escape(key).replace(r"\*", r"\d+") for key in keys) or None
 
 
+def _refuse_fused_experts(model: nn.Module) -> None:
+    # The dense layers beside the experts would be found alone, and that would look like the whole model.
+    for name, param in model.named_parameters():
+        if param.dim() == 3 and re.search(r"\bexperts\b.*\bdown_proj", name):
+            wrong = f"The experts' down projections are fused into the parameter {name!r} of shape {tuple(param.shape)}"
+            raise ValueError(problem(wrong, "one linear layer each", _candidates(model)))
+
+
 def _ends_with(name: str, pattern: str) -> bool:
-    return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
+    try:
+        return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
+    except re.error as error:
+        raise ValueError(problem(f"The pattern {pattern!r} is invalid ({error})", "a regular expression")) from None
 
 
 def _is_conv1d(module: nn.Module) -> bool:

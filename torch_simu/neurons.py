@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
@@ -30,7 +30,7 @@ class NeuronSelection(Mapping[str, Tensor]):
 
     Raises:
         ValueError: If an index is out of bounds, a layer has no size, or a size is not positive.
-        TypeError: If an index is not a whole number.
+        TypeError: If an index is not a whole number, or the neurons of a layer are not iterable.
 
     Examples:
         >>> selection = NeuronSelection({"mlp": [3, 1, 3]}, {"mlp": 4})
@@ -160,9 +160,7 @@ class NeuronSelection(Mapping[str, Tensor]):
     def __reduce__(self) -> tuple[type[NeuronSelection], tuple[dict[str, tuple[int, ...]], dict[str, int]]]:
         return NeuronSelection, (self._indices, dict(self._num_neurons))
 
-    def param_groups(
-        self, model: nn.Module, attention: Literal["full", "frozen"] = "full"
-    ) -> list[dict[str, object]]:
+    def param_groups(self, model: nn.Module, attention: Literal["full", "frozen"] = "full") -> list[dict[str, object]]:
         """Return groups for `SIMUOptimizer`, and set `requires_grad` so that nothing else trains.
 
         Args:
@@ -175,28 +173,31 @@ class NeuronSelection(Mapping[str, Tensor]):
 
         Raises:
             KeyError: If a layer is not in the model.
-            ValueError: If a layer has another number of neurons, shares its weight with another layer, or holds
-                quantized codes, which cannot be trained in place.
+            ValueError: If a layer has another number of neurons, shares its weight with another layer, holds quantized
+                codes, which cannot be trained in place, or is an attention projection that "full" trains whole.
         """
         check_choice("attention", attention, ("full", "frozen"))
         modules = select_layers(model, self) if len(self) else {}
+        projections = attention_projections(model) if attention == "full" else {}
         groups: dict[int, dict[str, object]] = {}
-        owners: dict[int, str] = {}
         for name, module in modules.items():
             self._check_layer(name, module)
+            if name in projections:
+                wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
+                raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
             weight = cast("nn.Parameter", module.weight)
-            if (owner := owners.setdefault(id(weight), name)) != name:
-                raise ValueError(problem(f"Layers {owner!r} and {name!r} share one weight", "a weight per layer"))
+            _check_unshared(model, name, weight)
             dim = neuron_dim(module)
             group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
             cast("list[nn.Parameter]", group["params"]).append(weight)
             cast("list[list[int]]", group["neurons"]).append(list(self._indices[name]))
         result = list(groups.values())
         if attention == "full":
-            projections = attention_projections(model).values()
-            params = [param for projection in projections for param in projection.parameters(recurse=False)]
-            for param in params:
-                _check_trainable("an attention projection", param)
+            params = []
+            for name, projection in projections.items():
+                for param in projection.parameters(recurse=False):
+                    _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
+                    params.append(param)
             result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
         model.requires_grad_(False)
         for group in result:
@@ -218,16 +219,19 @@ class NeuronSelection(Mapping[str, Tensor]):
             ValueError: If the file is damaged or holds something else.
         """
         tensors, header = load_tensors(path, _KIND)
-        return cls(tensors, cast("dict[str, int]", header["num_neurons"]))
+        try:
+            return cls(tensors, cast("dict[str, int]", header["num_neurons"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            wrong = f"File {str(path)!r} holds no consistent selection ({error})"
+            raise ValueError(problem(wrong, "what NeuronSelection.save wrote", "The file is damaged.")) from None
 
-    def _combined(self, other: NeuronSelection, operation: object) -> NeuronSelection:
+    def _combined(self, other: NeuronSelection, combine: Callable[[set[int], set[int]], set[int]]) -> NeuronSelection:
         if not isinstance(other, NeuronSelection):
             return NotImplemented
         for layer in self._num_neurons.keys() & other._num_neurons.keys():
             if self._num_neurons[layer] != other._num_neurons[layer]:
                 wrong = f"Layer {layer!r} has {self._num_neurons[layer]} and {other._num_neurons[layer]} neurons"
                 raise ValueError(problem(wrong, "selections of the same model"))
-        combine = cast("type[set[int]]", operation)
         sizes = {**self._num_neurons, **other._num_neurons}
         neurons = {
             layer: combine(set(self._indices.get(layer, ())), set(other._indices.get(layer, ()))) for layer in sizes
@@ -241,18 +245,21 @@ class NeuronSelection(Mapping[str, Tensor]):
 
     def _check_layer(self, name: str, module: nn.Module) -> None:
         if (size := num_neurons(module)) != self._num_neurons[name]:
-            wrong = f"The selection was made on {self._num_neurons[name]} neurons of layer {name!r}, this one has {size}"
+            wrong = f"Layer {name!r} has {size} neurons, the selection counts {self._num_neurons[name]}"
             raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
-        _check_trainable(f"layer {name!r}", cast("nn.Parameter", module.weight))
+        _check_trainable(name, cast("nn.Parameter", module.weight), "Use attach_deltas first.")
 
 
-def _check_trainable(what: str, param: nn.Parameter) -> None:
+def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
     if not param.is_floating_point():
-        raise ValueError(
-            problem(
-                f"The weight of {what} holds {param.dtype} codes", "a floating-point weight", "Use attach_deltas first."
-            )
-        )
+        wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
+        raise ValueError(problem(wrong, "a floating-point weight", advice))
+
+
+def _check_unshared(model: nn.Module, layer: str, weight: nn.Parameter) -> None:
+    for name, module in model.named_modules():
+        if name != layer and any(param is weight for param in module.parameters(recurse=False)):
+            raise ValueError(problem(f"Layers {layer!r} and {name!r} share one weight", "a weight per layer"))
 
 
 def _checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:
@@ -261,8 +268,11 @@ def _checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> 
             advice = "Use NeuronSelection.from_masks for masks." if indices.dtype == torch.bool else ""
             raise TypeError(problem(f"The neurons of layer {layer!r} are {indices.dtype}", "whole numbers", advice))
         values = sorted(set(indices.flatten().tolist()))
+    elif not isinstance(indices, Iterable) or isinstance(indices, str | bytes):
+        raise TypeError(problem(f"The neurons of layer {layer!r} are {indices!r}", "an iterable of whole numbers"))
     else:
-        found = set(indices)
+        # Checked before they meet in a set, where True and 1 are the same.
+        found = list(indices)
         if wrong := [index for index in found if isinstance(index, bool) or not hasattr(index, "__index__")]:
             raise TypeError(problem(f"Layer {layer!r} selects neuron {wrong[0]!r}", "whole numbers"))
         values = sorted({index.__index__() for index in found})

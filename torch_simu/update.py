@@ -24,7 +24,7 @@ def clipped_step_(
     r"""Move selected weights by one clipped diagonal Newton step, in place.
 
     $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
-      w \leftarrow w (1 - \eta\lambda) - \eta \operatorname{clip}\!\left(\frac{m}{\max(\rho h, \epsilon)}, -c, c\right)$$
+      w \leftarrow w (1 - \eta\lambda) - \eta \operatorname{clip}\left(\frac{m}{\max(\rho h, \epsilon)}, -c, c\right)$$
 
     Apart from the decay no entry moves farther than $\eta c$ (Liu et al. 2023, Sophia, Algorithm 3, with the batch
     factor folded into $h$). All tensors have the same shape, usually `(d_model, num_selected)`.

@@ -17,7 +17,11 @@ def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[d
     named = list(params)
     if not all(isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in named):
         raise TypeError(
-            problem("selection was given with unnamed params", "model.named_parameters()", "Or pass selection.param_groups(model).")
+            problem(
+                "selection was given with unnamed params",
+                "model.named_parameters()",
+                "Or pass selection.param_groups(model).",
+            )
         )
     names = {name for name, _ in named}
     for layer in selection:
@@ -76,7 +80,8 @@ def checked_neurons(params: list[Any], neurons: Any, dim: int) -> list[list[int]
             checked.append(None)
             continue
         if not -param.dim() <= dim < param.dim():
-            raise ValueError(problem(f"neuron_dim is {dim}", f"a dimension of parameter {number}, {tuple(param.shape)}"))
+            shape = tuple(param.shape)
+            raise ValueError(problem(f"neuron_dim is {dim}", f"a dimension of parameter {number}, {shape}"))
         name = f"params[{number}]"
         checked.append(NeuronSelection({name: chosen}, {name: max(1, param.shape[dim])})[name].tolist())
     return checked

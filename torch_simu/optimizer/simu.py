@@ -25,18 +25,18 @@ class _Entry(NamedTuple):
 
     param: Tensor
     position: int
-    index: Tensor | None
+    chosen: Tensor | None
     dim: int
     grad: Tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return tensor if self.index is None else tensor.index_select(self.dim, self.index)
+        return tensor if self.chosen is None else tensor.index_select(self.dim, self.chosen)
 
     def write(self, value: Tensor) -> None:
-        if self.index is None:
+        if self.chosen is None:
             self.param.copy_(value)
         else:
-            self.param.index_copy_(self.dim, self.index, value)
+            self.param.index_copy_(self.dim, self.chosen, value)
 
 
 class SIMUOptimizer(Optimizer):
@@ -235,7 +235,7 @@ class SIMUOptimizer(Optimizer):
             shares.append(sum(share * count for share, count in weighted) / total if total else None)
         return {"unclipped": shares, "skipped_steps": int(self._skipped)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, keeping the state's dtype; continues bit-identically.
 
         Raises:
@@ -261,8 +261,8 @@ class SIMUOptimizer(Optimizer):
                 continue
             if param.grad.layout != torch.strided:
                 raise RuntimeError(problem("A gradient is sparse", "dense gradients", "Use sparse=False."))
-            index = None if neurons is None else self._index(number, position, neurons, param.device)
-            entry = _Entry(param, position, index, group["neuron_dim"], param.grad)
+            chosen = None if neurons is None else self._index(number, position, neurons, param.device)
+            entry = _Entry(param, position, chosen, group["neuron_dim"], param.grad)
             # Half precision is gathered first and widened then, so that no dense copy is ever made.
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
             yield entry._replace(grad=entry.gather(param.grad).to(wide))
@@ -293,8 +293,8 @@ class SIMUOptimizer(Optimizer):
     def _state_of(self, group: dict[str, Any], entry: _Entry) -> dict[str, Any]:
         state: dict[str, Any] = self.state[entry.param]
         if not state:
-            on_device = {"device": entry.param.device} if group["capturable"] else {}
-            state["step"] = torch.zeros((), dtype=torch.float32, **on_device)
+            on_device = entry.param.device if group["capturable"] else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
             state["exp_avg"] = torch.zeros_like(entry.grad, dtype=group["state_dtype"])
             state["hessian"] = torch.zeros_like(entry.grad, dtype=group["state_dtype"])
             if group["master_weights"] and entry.param.dtype in (torch.bfloat16, torch.float16):
@@ -351,7 +351,7 @@ class SIMUOptimizer(Optimizer):
                 yield saved_id, group, param
 
     def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
-        same_model = "Was the state saved for another selection? Make the optimizer with the selection it was saved for."
+        same_model = "Make the optimizer with the selection that the state was saved for."
         for number, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
             for key in ("neurons", "neuron_dim"):
                 if saved.get(key) != group[key]:

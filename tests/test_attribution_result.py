@@ -1,0 +1,155 @@
+"""From scores to selections: thresholds, fractions, scopes, contrast; and files that give the same scores back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import normal, seeds
+from torch_simu import _files
+from torch_simu.attribution import Attribution
+from torch_simu.attribution.path import Path as AttributionPath
+from torch_simu.attribution.path import objective_values
+
+
+def attribution(**scores: list[float]) -> Attribution:
+    tensors = {layer: torch.tensor(values, dtype=torch.float64) for layer, values in scores.items()}
+    return Attribution(tensors, dict.fromkeys(scores, 0.25), 3, {"objective": "logprob"})
+
+
+def drawn(seed: int) -> Attribution:
+    scores = {layer: normal(seed + index, 5 + index, dtype=torch.float64) for index, layer in enumerate("ba")}
+    return Attribution(scores, {"b": 0.5, "a": -1.0}, 7, {"steps": 10})
+
+
+@given(seeds, st.floats(0.01, 0.99), st.sampled_from(["layer", "global"]))
+def test_select_takes_scores_above_the_share_of_the_largest(seed: int, threshold: float, scope: str) -> None:
+    found = drawn(seed)
+    largest = max(scores.max().item() for scores in found.scores.values())
+    for scores in found.scores.values():
+        scores[0] = largest + scores[0].abs()
+    largest = max(scores.max().item() for scores in found.scores.values())
+    selection = found.select(threshold, scope)
+    for layer, scores in found.scores.items():
+        bound = threshold * (scores.max().item() if scope == "layer" else largest)
+        assert selection[layer].tolist() == [index for index, score in enumerate(scores.tolist()) if score > bound]
+
+
+def test_a_layer_without_a_positive_score_selects_nothing_and_warns() -> None:
+    with pytest.warns(UserWarning, match=r"largest score of layer 'a' \(1 such\) is -1.*No neuron is selected"):
+        selection = attribution(a=[-1.0, -3.0], b=[1.0, 0.1]).select()
+    assert selection["a"].tolist() == []
+    assert selection["b"].tolist() == [0]
+    with pytest.warns(UserWarning, match=r"largest score of layer 'a' \(2 such\) is 0"):
+        assert attribution(a=[0.0, 0.0], b=[-1.0]).select(scope="global").num_selected == 0
+
+
+def test_global_scope_is_quiet_about_layers_that_lose_against_others() -> None:
+    selection = attribution(a=[-1.0, -3.0], b=[1.0, 0.5]).select(0.3, "global")
+    assert (selection["a"].tolist(), selection["b"].tolist()) == ([], [0, 1])
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_threshold_outside_the_open_unit_interval_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"threshold is .*, expected a finite number in \(0, 1\)"):
+        attribution(a=[1.0]).select(threshold)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_raise(value: float) -> None:
+    broken = attribution(a=[1.0, 2.0], b=[1.0, value])
+    fine = attribution(a=[1.0, 2.0], b=[1.0, 1.0])
+    message = "1 of 2 scores of layer 'b' are not finite"
+    for call in (broken.select, lambda: broken.top(0.5), lambda: broken.contrast(fine), lambda: fine.contrast(broken)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    for call in (lambda: attribution(a=[1.0]).select(scope="all"), lambda: attribution(a=[1.0]).top(0.5, scope="all")):
+        with pytest.raises(ValueError, match="scope is 'all'"):
+            call()
+
+
+@given(seeds, st.floats(0, 1))
+def test_top_takes_the_highest_scores_of_each_layer(seed: int, fraction: float) -> None:
+    found = drawn(seed)
+    selection = found.top(fraction)
+    for layer, scores in found.scores.items():
+        count = round(fraction * len(scores))
+        assert selection[layer].tolist() == sorted(scores.argsort(descending=True)[:count].tolist())
+
+
+@given(seeds, st.floats(0, 1))
+def test_top_in_global_scope_takes_the_highest_scores_of_all_layers(seed: int, fraction: float) -> None:
+    found = drawn(seed)
+    ranked = sorted((-score, layer, i) for layer, each in found.scores.items() for i, score in enumerate(each.tolist()))
+    expected = {(layer, i) for _, layer, i in ranked[: round(fraction * len(ranked))]}
+    selection = found.top(fraction, "global")
+    assert {(layer, i) for layer in selection for i in selection[layer].tolist()} == expected
+
+
+def test_top_prefers_the_lower_index_among_equals() -> None:
+    assert attribution(a=[1.0, 1.0, 1.0, 1.0]).top(0.5)["a"].tolist() == [0, 1]
+
+
+def test_a_fraction_outside_the_unit_interval_is_refused() -> None:
+    with pytest.raises(ValueError, match="fraction is 1.5"):
+        attribution(a=[1.0]).top(1.5)
+
+
+@given(seeds, st.floats(0.1, 10))
+def test_contrast_compares_shapes_not_sizes(seed: int, factor: float) -> None:
+    found = drawn(seed)
+    scaled = Attribution({layer: factor * scores for layer, scores in found.scores.items()}, {}, 1, {})
+    for scores in found.contrast(scaled).scores.values():
+        torch.testing.assert_close(scores, torch.zeros_like(scores))
+
+
+def test_contrast_keeps_the_origin_of_both_and_leaves_silent_layers_at_zero() -> None:
+    contrast = attribution(a=[0.0, 0.0]).contrast(attribution(a=[1.0, 3.0]))
+    assert contrast.scores["a"].tolist() == [-0.5, -1.5]
+    assert contrast.provenance == {"contrast": [{"objective": "logprob"}, {"objective": "logprob"}]}
+    assert (contrast.num_samples, dict(contrast.delta)) == (3, {})
+
+
+def test_contrast_refuses_other_layers() -> None:
+    with pytest.raises(ValueError, match=r"The layers differ in \{'a': 2, 'b': 1\}"):
+        attribution(a=[1.0, 2.0]).contrast(attribution(b=[1.0]))
+
+
+def test_a_saved_attribution_loads_equal(tmp_path: Path) -> None:
+    found, path = drawn(1), tmp_path / "scores.safetensors"
+    found.save(path)
+    loaded = Attribution.load(path)
+    assert list(loaded.scores) == ["b", "a"]
+    assert all(torch.equal(loaded.scores[layer], scores) for layer, scores in found.scores.items())
+    assert (loaded.delta, loaded.num_samples, loaded.provenance) == (found.delta, 7, {"steps": 10})
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    _files.save_tensors(path, "NeuronSelection", {}, {})
+    with pytest.raises(ValueError, match="has kind 'NeuronSelection'.*expected a torch_simu file of kind 'Attribution'"):
+        Attribution.load(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Attribution.load(tmp_path / "missing.safetensors")
+
+
+def test_objectives_are_log_likelihood_probability_and_loss() -> None:
+    logits, targets = normal(3, 2, 4, 5), torch.tensor([0, 1, 2, 3])
+    logprob = objective_values(logits, targets, "logprob")
+    torch.testing.assert_close(logprob, logits.log_softmax(-1)[:, torch.arange(4), targets])
+    torch.testing.assert_close(objective_values(logits, targets, "prob"), logprob.exp())
+    assert torch.equal(objective_values(logits, targets, "loss"), -logprob)
+    assert objective_values(logits.bfloat16(), targets, "logprob").dtype == torch.float32
+
+
+def test_path_points_follow_the_rule() -> None:
+    assert AttributionPath(rule="midpoint", steps=2).alphas == [0.25, 0.75]
+    assert AttributionPath(rule="right", steps=2).alphas == [0.5, 1.0]
+    assert AttributionPath(rule="left", steps=2).alphas == [0.0, 0.5]

@@ -1,0 +1,176 @@
+"""attribute_neurons: which neurons the predictions of some samples rest on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_simu._checks import check_choice
+from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
+from torch_simu.attribution.intervention import frozen
+from torch_simu.attribution.joint import joint_sums
+from torch_simu.attribution.layerwise import layerwise_sums
+from torch_simu.attribution.packed import packed_sums
+from torch_simu.attribution.path import Objective, Path, Rule
+from torch_simu.attribution.prefix import prefix_sums
+from torch_simu.attribution.result import Attribution
+from torch_simu.attribution.rows import Row, collect_rows, data_hash
+from torch_simu.attribution.spot_check import fastest_exact
+from torch_simu.attribution.sums import Method
+from torch_simu.layers import Selector, num_neurons, select_layers
+
+MethodName = Literal["auto", "packed", "prefix", "layerwise", "joint"]
+"""How to attribute: "packed" and "prefix" are exact, "layerwise" and "joint" approximate, "auto" is the best exact."""
+
+_METHODS: Mapping[str, Method] = MappingProxyType(
+    {"packed": packed_sums, "prefix": prefix_sums, "layerwise": layerwise_sums, "joint": joint_sums}
+)
+_FAST = ("packed",)
+
+# Short rows share a pass up to this many tokens: beyond, attention between rows costs more than a pass saves.
+_PACK_TOKENS = 128
+
+
+def attribute_neurons(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    select: Selector | None = None,
+    objective: Objective = "logprob",
+    steps: int = 10,
+    rule: Rule = "midpoint",
+    method: MethodName = "auto",
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Attribution:
+    r"""Attribute next-token predictions to the neurons of each layer, exactly and completely.
+
+    One sample $i$ is a scored label and the prefix before it. Only one layer is changed, at the last position of the
+    prefix, whose clean activation is $\beta_i$; the score of neuron $k$ is (SIMU, arXiv 2510.07822; Dai et al. 2022)
+
+    $$\mathrm{Att}_k = \frac1m \sum_j \sum_i \beta_{ik}
+    \left.\frac{\partial F_i}{\partial a_k}\right|_{a=\alpha_j\beta_i}, \qquad
+    \sum_k \mathrm{Att}_k = \sum_i F_i(\beta_i) - F_i(0) + \delta,$$
+
+    with the quadrature error $\delta$ reported as `delta`. Parameters, gradients, modes and hooks of the model are left
+    as they are, also after an exception.
+
+    Args:
+        model: A causal language model; it is evaluated without dropout, on its own device.
+        batches: Mappings with `input_ids`, `labels` (-100 = not scored; `labels[t]` is predicted from the tokens before
+            `t`, as in transformers) and perhaps `attention_mask`. Shape of each: `(batch, length)`. Padding may be on
+            either side; each row counts as if it stood alone. Other keys are ignored.
+        select: Layers, as in `torch_simu.layers.select_layers`; None: the MLP down projections.
+        objective: $F$: log-likelihood of the target ("logprob"), its probability ("prob") or its negative
+            log-likelihood ("loss").
+        steps: Number $m$ of path points.
+        rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left").
+        method: "prefix" runs one pass per prefix; "packed" all samples of a row in one pass, over cached keys and
+            values; "auto" is "packed" where a spot check agrees with "prefix", else "prefix" with a warning.
+            "layerwise" and "joint" are rough: they change all positions, or all positions and layers, at once.
+        resume: A file for partial sums, written every ten seconds and when an exception interrupts. A call with the
+            same arguments goes on from there; the file is deleted when the result is complete.
+        progress: Called with (done, total), counted in samples times layers.
+
+    Returns:
+        Scores of every neuron, `delta` of every layer, and provenance.
+
+    Raises:
+        ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
+            cannot be exact on this model, or `resume` holds another attribution.
+        TypeError: If a batch is no mapping of whole-number tensors.
+        KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
+
+    Warns:
+        UserWarning: If "auto" has to take "prefix".
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        ...                      num_attention_heads=2, pad_token_id=0)
+        >>> model = LlamaForCausalLM(config)
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+        >>> attribution = attribute_neurons(model, [{"input_ids": ids, "labels": ids}])
+        >>> attribution
+        Attribution(2 layers, 24 neurons, 4 samples)
+        >>> attribution.top(0.25).num_selected
+        6
+    """
+    path = Path(objective, rule, steps)
+    check_choice("method", method, ("auto", *_METHODS))
+    layers = select_layers(model, select)
+    rows = collect_rows(batches)
+    with frozen(model):
+        chosen = _chosen(model, rows, layers, path) if method == "auto" else method
+        provenance: dict[str, object] = {
+            "objective": objective,
+            "rule": rule,
+            "steps": steps,
+            "method": chosen,
+            "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            "model": config_hash(model),
+            "data": data_hash(rows),
+        }
+        configuration = {**provenance, "layers": list(layers)}
+        if resume is not None:
+            configuration["weights"] = weights_hash(model)
+        checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration)
+        sizes = {name: num_neurons(module) for name, module in layers.items()}
+        fresh = Partial(
+            {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}, dict.fromkeys(layers, 0.0)
+        )
+        partial = checkpoint.load(fresh)
+        try:
+            _add_rows(model, rows, layers, path, _METHODS[chosen], partial, checkpoint, progress)
+        except BaseException:
+            checkpoint.save(partial, now=True)
+            raise
+    checkpoint.remove()
+    num_samples = sum(row.num_samples for row in rows)
+    return Attribution(partial.scores, partial.delta, num_samples, provenance)
+
+
+def _chosen(model: nn.Module, rows: list[Row], layers: Mapping[str, nn.Module], path: Path) -> MethodName:
+    return cast("MethodName", fastest_exact(model, rows, layers, path, {name: _METHODS[name] for name in _FAST}))
+
+
+def _add_rows(
+    model: nn.Module,
+    rows: list[Row],
+    layers: Mapping[str, nn.Module],
+    path: Path,
+    method: Method,
+    partial: Partial,
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    total = sum(row.num_samples for row in rows) * len(layers)
+    done = sum(row.num_samples for row in rows[: partial.num_rows]) * len(layers)
+    for group in _groups(rows[partial.num_rows :]):
+        scores, delta = dict(partial.scores), dict(partial.delta)
+        for name, found in method(model, group, layers, path):
+            scores[name] = scores[name] + found.scores
+            delta[name] += found.error
+            done += sum(row.num_samples for row in group)
+            if progress is not None:
+                progress(done, total)
+        # Only whole groups count, so that an interruption leaves sums over the same rows in every layer.
+        partial.scores, partial.delta, partial.num_rows = scores, delta, partial.num_rows + len(group)
+        checkpoint.save(partial)
+
+
+def _groups(rows: list[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in order, as many at once as share a pass."""
+    group: list[Row] = []
+    for row in rows:
+        if group and sum(map(len, group)) + len(row) > _PACK_TOKENS:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group

@@ -1,0 +1,100 @@
+"""Checkpoint: partial sums in a file, so that a long attribution can go on after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_simu._checks import problem
+from torch_simu._files import load_tensors, save_tensors
+
+_KIND = "AttributionCheckpoint"
+_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Partial:
+    """Sums over the rows that are done.
+
+    Attributes:
+        scores: Layer -> sum. Shape of each: `(num_neurons,)`, float64.
+        delta: Layer -> completeness error.
+        num_rows: How many rows are done, in their order.
+    """
+
+    scores: dict[str, Tensor]
+    delta: dict[str, float]
+    num_rows: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A file that holds the partial sums of one attribution.
+
+    Args:
+        path: The file; None writes nothing.
+        configuration: What must be equal for the sums to be continued.
+    """
+
+    path: str | Path | None
+    configuration: Mapping[str, object]
+    _written: float = field(default_factory=time.monotonic)
+
+    def load(self, fresh: Partial) -> Partial:
+        """Return the partial sums in the file, or `fresh` if there is no file.
+
+        Raises:
+            ValueError: If the file belongs to another attribution, or is damaged.
+        """
+        if self.path is None or not Path(self.path).exists():
+            return fresh
+        tensors, header = load_tensors(self.path, _KIND)
+        # Through JSON, as the file's were: tuples become lists.
+        expected = json.loads(json.dumps(dict(self.configuration)))
+        found = cast("dict[str, object]", header["configuration"])
+        if found != expected:
+            key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
+            wrong = f"File {str(self.path)!r} was written with {key} {found.get(key)!r}"
+            raise ValueError(problem(wrong, f"{expected.get(key)!r}", "Delete the file, or give another path."))
+        delta = cast("dict[str, float]", header["delta"])
+        return Partial({layer: tensors[layer] for layer in fresh.scores}, delta, cast("int", header["num_rows"]))
+
+    def save(self, partial: Partial, *, now: bool = False) -> None:
+        """Write the sums, whole or not at all; at most every ten seconds unless `now`."""
+        if self.path is None or not (now or time.monotonic() - self._written >= _SECONDS):
+            return
+        header = {"configuration": dict(self.configuration), "delta": partial.delta, "num_rows": partial.num_rows}
+        save_tensors(self.path, _KIND, partial.scores, header)
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the file, because the attribution is complete."""
+        if self.path is not None:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def config_hash(model: nn.Module) -> str:
+    """Return the sha256 of the model's configuration, without its name and the library's version."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    ignored = ("_name_or_path", "transformers_version")
+    config = {key: value for key, value in to_dict().items() if key not in ignored}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the sha256 of all parameters and buffers, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            # Bytes, because numpy has no bfloat16.
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

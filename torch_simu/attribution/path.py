@@ -1,0 +1,85 @@
+"""The path that attribution integrates along: its points, and the quantity F that changes on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import check_choice, check_count
+
+Objective = Literal["logprob", "prob", "loss"]
+"""What is attributed: log-likelihood of the target, its probability, or its negative log-likelihood."""
+
+Rule = Literal["midpoint", "right", "left"]
+"""Where in each of the equal parts of the path the gradient is taken."""
+
+OBJECTIVES = ("logprob", "prob", "loss")
+RULES = ("midpoint", "right", "left")
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    r"""The straight path from zero activation to the clean one, and what is measured on it.
+
+    Args:
+        objective: The quantity $F$.
+        rule: Which point stands for each part.
+        steps: Number $m$ of equal parts.
+
+    Raises:
+        ValueError: If the objective or the rule is unknown, or `steps` is below 1.
+        TypeError: If `steps` is not a whole number.
+
+    Examples:
+        >>> Path(steps=2).alphas
+        [0.25, 0.75]
+    """
+
+    objective: Objective = "logprob"
+    rule: Rule = "midpoint"
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("rule", self.rule, RULES)
+        check_count("steps", self.steps)
+
+    @property
+    def alphas(self) -> list[float]:
+        r"""The points $\alpha_j$, $j = 1 \dots m$: $(j - 1/2)/m$ (midpoint), $j/m$ (right) or $(j - 1)/m$ (left)."""
+        shift = {"midpoint": 0.5, "right": 0.0, "left": 1.0}[self.rule]
+        return [(j - shift) / self.steps for j in range(1, self.steps + 1)]
+
+    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return F of each sample, see `objective_values`."""
+        return objective_values(logits, targets, self.objective)
+
+
+def objective_values(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+    """Return F for each target token, in at least 32 bits.
+
+    Args:
+        logits: Scores over the vocabulary. Shape: `(..., vocabulary)`.
+        targets: Token ids. Shape: any that broadcasts to `(...)`.
+        objective: "logprob", "prob" or "loss".
+
+    Returns:
+        Log-likelihood in nats, probability, or negative log-likelihood in nats. Shape: `(...)`.
+
+    Raises:
+        ValueError: If the objective is unknown.
+
+    Examples:
+        >>> objective_values(torch.zeros(1, 4), torch.tensor([2]), "prob")
+        tensor([0.2500])
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    index = targets.to(logits.device).expand(logits.shape[:-1])[..., None]
+    logprob = wide.log_softmax(-1).gather(-1, index)[..., 0]
+    if objective == "prob":
+        return logprob.exp()
+    return -logprob if objective == "loss" else logprob

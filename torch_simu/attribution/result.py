@@ -1,0 +1,167 @@
+"""Attribution: a score for every neuron, and the selections that can be made from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import check_choice, check_number, problem
+from torch_simu._files import load_tensors, save_tensors
+from torch_simu.neurons import NeuronSelection
+
+Scope = Literal["layer", "global"]
+"""Where neurons compete: within their layer, or with those of all layers."""
+
+_KIND = "Attribution"
+_SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """How much every neuron supports the targets of some samples.
+
+    Attributes:
+        scores: Layer -> attribution of each neuron, summed over samples, in units of the objective. With the default
+            objective, positive means that the neuron supports the targets. Shape of each: `(num_neurons,)`, float64.
+        delta: Layer -> completeness error: the sum of the scores minus the change of the objective between zero and
+            clean activation, summed over samples. A contrast has none.
+        num_samples: How many samples were summed.
+        provenance: How the scores came about: objective, rule, steps, method, model and data.
+
+    Examples:
+        >>> scores = {"mlp": torch.tensor([0.1, 2.0, -3.0, 1.0], dtype=torch.float64)}
+        >>> attribution = Attribution(scores, {"mlp": 0.0}, num_samples=1, provenance={})
+        >>> attribution.select(threshold=0.3)["mlp"]
+        tensor([1, 3])
+        >>> attribution.top(0.25)["mlp"]
+        tensor([1])
+    """
+
+    scores: Mapping[str, Tensor]
+    delta: Mapping[str, float]
+    num_samples: int
+    provenance: Mapping[str, object]
+
+    def __repr__(self) -> str:
+        total = sum(score.numel() for score in self.scores.values())
+        return f"Attribution({len(self.scores)} layers, {total} neurons, {self.num_samples} samples)"
+
+    def select(self, threshold: float = 0.3, scope: Scope = "layer") -> NeuronSelection:
+        """Select the neurons whose score exceeds a share of the largest score.
+
+        Args:
+            threshold: The share, strictly between 0 and 1.
+            scope: "layer" compares with the layer's largest score, as in the paper; "global" with the largest of all.
+
+        Returns:
+            The critical neurons. Empty, with a warning, where the largest score is not positive.
+
+        Raises:
+            ValueError: If the threshold is not in (0, 1), the scope is unknown, or a score is not finite.
+        """
+        check_number("threshold", threshold, high=1.0, low_open=True, high_open=True)
+        check_choice("scope", scope, _SCOPES)
+        self._check_finite()
+        largest = {layer: score.max().item() for layer, score in self.scores.items()}
+        if scope == "global":
+            largest = dict.fromkeys(largest, max(largest.values()))
+        if idle := [layer for layer, value in largest.items() if value <= 0]:
+            wrong = f"The largest score of layer {idle[0]!r} ({len(idle)} such) is {largest[idle[0]]:.3g}"
+            text = problem(wrong, "a positive one", "No neuron is selected there; check the objective's sign.")
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return NeuronSelection.from_masks(
+            {layer: (score > threshold * largest[layer]) & (score > 0) for layer, score in self.scores.items()}
+        )
+
+    def top(self, fraction: float, scope: Scope = "layer") -> NeuronSelection:
+        """Select the neurons with the highest scores; of equal scores, the lower index.
+
+        Args:
+            fraction: Share of the neurons, rounded to the nearest count.
+            scope: "layer" takes the share of each layer; "global" of all neurons together.
+
+        Raises:
+            ValueError: If the fraction is not in [0, 1], the scope is unknown, or a score is not finite.
+        """
+        check_number("fraction", fraction, high=1.0)
+        check_choice("scope", scope, _SCOPES)
+        self._check_finite()
+        groups = [[layer] for layer in self.scores] if scope == "layer" else [list(self.scores)]
+        masks: dict[str, Tensor] = {}
+        for layers in groups:
+            scores = torch.cat([self.scores[layer] for layer in layers])
+            mask = torch.zeros(scores.shape, dtype=torch.bool)
+            mask[scores.sort(descending=True, stable=True).indices[: round(fraction * scores.numel())]] = True
+            parts = torch.split(mask, [self.scores[layer].numel() for layer in layers])
+            masks.update(zip(layers, parts, strict=True))
+        return NeuronSelection.from_masks(masks)
+
+    def contrast(self, other: Attribution) -> Attribution:
+        """Return the score over its mean magnitude, minus the other's score over its own, layer by layer.
+
+        High where a neuron supports these samples and not the others; the result has no unit and no `delta`.
+
+        Args:
+            other: Scores of the same layers on other samples, say the retain set.
+
+        Raises:
+            ValueError: If the layers differ, or a score is not finite.
+
+        Examples:
+            >>> forget = Attribution({"mlp": torch.tensor([1.0, 3.0]).double()}, {}, 1, {})
+            >>> retain = Attribution({"mlp": torch.tensor([4.0, 4.0]).double()}, {}, 1, {})
+            >>> forget.contrast(retain).scores["mlp"]
+            tensor([-0.5000,  0.5000], dtype=torch.float64)
+        """
+        mine, theirs = ({layer: len(score) for layer, score in each.scores.items()} for each in (self, other))
+        if mine != theirs:
+            different = dict(sorted(mine.items() ^ theirs.items()))
+            raise ValueError(problem(f"The layers differ in {different}", "attributions of the same model and layers"))
+        self._check_finite()
+        other._check_finite()
+        scores = {layer: _relative(self.scores[layer]) - _relative(other.scores[layer]) for layer in self.scores}
+        return Attribution(scores, {}, self.num_samples, {"contrast": [dict(self.provenance), dict(other.provenance)]})
+
+    def save(self, path: str | Path) -> None:
+        """Write the attribution to `path` (safetensors with a JSON header), whole or not at all."""
+        header = {
+            "layers": list(self.scores),
+            "delta": dict(self.delta),
+            "num_samples": self.num_samples,
+            "provenance": dict(self.provenance),
+        }
+        save_tensors(path, _KIND, self.scores, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read an attribution that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or holds something else.
+        """
+        tensors, header = load_tensors(path, _KIND)
+        return cls(
+            {layer: tensors[layer] for layer in cast("list[str]", header["layers"])},
+            cast("dict[str, float]", header["delta"]),
+            cast("int", header["num_samples"]),
+            cast("dict[str, object]", header["provenance"]),
+        )
+
+    def _check_finite(self) -> None:
+        for layer, score in self.scores.items():
+            if count := int((~score.isfinite()).sum()):
+                wrong = f"{count} of {score.numel()} scores of layer {layer!r} are not finite"
+                raise ValueError(problem(wrong, "finite scores", "Run the model in bfloat16 or float32."))
+
+
+def _relative(score: Tensor) -> Tensor:
+    size = score.abs().mean()
+    # A layer without any influence stays at zero.
+    return score / size if size > 0 else score

@@ -1,0 +1,90 @@
+"""Compare a fast method with the definition on a few samples, and choose the fastest one that is right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from torch_simu._checks import problem
+from torch_simu.attribution.path import Path
+from torch_simu.attribution.prefix import prefix_sums
+from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sums import Method
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+def fastest_exact(
+    model: nn.Module,
+    rows: Sequence[Row],
+    layers: Mapping[str, nn.Module],
+    path: Path,
+    candidates: Mapping[str, Method],
+) -> str:
+    """Return the name of the first candidate that agrees with "prefix" on a spot check, else "prefix" with a warning.
+
+    The check costs as much as "prefix" on four samples, two layers and two path points.
+
+    Args:
+        model: A causal language model, frozen.
+        rows: Sequences with samples.
+        layers: Name -> module.
+        path: Objective and path points.
+        candidates: Name -> method, the fastest first.
+
+    Warns:
+        UserWarning: If no candidate agrees; the message names the model and each candidate's error.
+    """
+    few_rows, few_layers = _few(rows, layers)
+    few_path = Path(path.objective, path.rule, 2)
+    expected = {name: found.scores for name, found in prefix_sums(model, few_rows, few_layers, few_path)}
+    problems = []
+    for name, method in candidates.items():
+        try:
+            found = {layer: sums.scores for layer, sums in method(model, few_rows, few_layers, few_path)}
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            # Models fail in many ways on arguments that they do not foresee; the definition remains.
+            problems.append(f"{name} fails ({error})")
+            continue
+        worst = max(_relative_error(found[layer], expected[layer]) for layer in few_layers)
+        if worst <= _tolerance(model):
+            return name
+        problems.append(f"{name} is off by a factor of {worst:.2g}")
+    wrong = f"For {type(model).__name__}, {' and '.join(problems)}"
+    text = problem(wrong, "agreement with one pass per prefix", "Method 'prefix' is used, which is exact and slower.")
+    warnings.warn(text, UserWarning, stacklevel=4)
+    return "prefix"
+
+
+def _few(rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> tuple[list[Row], dict[str, nn.Module]]:
+    """Return two rows with two samples each, the longest row among them, and the first and another layer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> int:
+        return int(torch.randint(size, (), generator=generator))
+
+    chosen = [rows[-1]] if len(rows) == 1 else [rows[draw(len(rows) - 1)], rows[-1]]
+    few_rows = []
+    for row in chosen:
+        keep = torch.tensor(sorted({draw(row.num_samples), row.num_samples - 1}))
+        few_rows.append(Row(row.ids, row.queries[keep], row.targets[keep]))
+    names = list(layers)
+    # The first layer has all others above it, where a method can go wrong.
+    kept = {names[0], names[draw(len(names))]}
+    return few_rows, {name: layers[name] for name in names if name in kept}
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    size = expected.norm().item()
+    error = (found - expected).norm().item()
+    # NaN compares false below, so that it never passes for agreement.
+    return 0.0 if error == 0 else error / size if size else float("inf")
+
+
+def _tolerance(model: nn.Module) -> float:
+    dtypes = {param.dtype for param in model.parameters()}
+    return max((_TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE) for dtype in dtypes), default=_TOLERANCE[torch.float32])

@@ -1,0 +1,95 @@
+"""LayerRecord: what the hook of one layer recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import problem
+
+Reduction = Callable[[Tensor, Tensor], Tensor]
+"""(activation, gradient), each `(num_positions, num_neurons)` -> what to keep of one call, summed over calls."""
+
+SUMS: Mapping[str, Reduction] = MappingProxyType(
+    {
+        "attribution": lambda activation, gradient: (activation * gradient).sum(0),
+        "act": lambda activation, gradient: activation.sum(0),
+        "grad": lambda activation, gradient: gradient.sum(0),
+        "sq": lambda activation, gradient: (activation * gradient).square().sum(0),
+    }
+)
+
+
+class NeuronHookError(RuntimeError):
+    """A hooked layer has nothing to give: not called, not reached by a backward, or called in a way that fails."""
+
+
+class LayerRecord:
+    """What one hooked layer recorded, and how it was called.
+
+    Args:
+        layer: Name of the layer.
+        reduce: A key of `SUMS`, a reduction, or None to keep every position.
+        accum_dtype: Dtype of the named sums.
+    """
+
+    __slots__ = ("accum_dtype", "closed", "kept", "layer", "num_calls", "num_calls_without_grad", "reduce", "total")
+
+    def __init__(self, layer: str, reduce: str | Reduction | None, accum_dtype: torch.dtype) -> None:
+        self.layer, self.reduce, self.accum_dtype = layer, reduce, accum_dtype
+        self.closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.num_calls = self.num_calls_without_grad = 0
+        self.total: Tensor | None = None
+        self.kept: list[tuple[int, Tensor]] = []
+
+    def add(self, number: int, activation: Tensor, gradient: Tensor) -> None:
+        """Take in what one backward through the layer's `number`-th call found.
+
+        Raises:
+            NeuronHookError: If a callable `reduce` returns no tensor, or another shape than before.
+        """
+        if self.reduce is None:
+            self.kept.append((number, torch.stack((activation, gradient))))
+            return
+        if isinstance(self.reduce, str):
+            value = SUMS[self.reduce](activation.to(self.accum_dtype), gradient.to(self.accum_dtype))
+        else:
+            value = self.reduce(activation, gradient)
+        if not isinstance(value, Tensor) or (self.total is not None and value.shape != self.total.shape):
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            expected = "a tensor" if self.total is None else f"shape {tuple(self.total.shape)} as before"
+            raise NeuronHookError(problem(f"reduce returned {what} for layer {self.layer!r}", expected))
+        self.total = value if self.total is None else self.total + value
+
+    def read(self) -> Tensor:
+        """Return the sum, or every position in the order of the calls.
+
+        Raises:
+            NeuronHookError: If there is nothing; the message names the likely causes.
+        """
+        if self.total is not None:
+            return self.total
+        if self.kept:
+            # A backward meets the calls in reverse; positions are wanted in the order of the forward.
+            self.kept.sort(key=lambda pair: pair[0])
+            return torch.cat([pair for _, pair in self.kept], dim=1)
+        if self.num_calls:
+            wrong = f"Layer {self.layer!r} was called {self.num_calls} times, but no backward reached it"
+            advice = "Call backward on what depends on it, and before the hooks are removed."
+        elif self.num_calls_without_grad:
+            wrong = f"Layer {self.layer!r} was called {self.num_calls_without_grad} times, but without gradients"
+            advice = "Leave torch.no_grad() and torch.inference_mode()."
+        else:
+            wrong = f"Layer {self.layer!r} was never called"
+            advice = (
+                "Likely causes: torch.compile, whose code runs no hooks; a direct call of .forward(); "
+                "code that uses the weight and not the layer; hooks that are paused or removed."
+            )
+        raise NeuronHookError(problem(wrong, "a forward and a backward with the hooks in place", advice))

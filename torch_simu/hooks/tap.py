@@ -1,0 +1,112 @@
+"""The tap: an identity on the edge into a layer, which meets the activation and this layer's gradient together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from torch_simu._checks import problem
+from torch_simu.hooks.record import LayerRecord, NeuronHookError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a forward is called with: the positional arguments and the named ones."""
+
+
+class InputTap:
+    """Puts the identity in front of one layer: its `arg`, however it is passed, goes through it.
+
+    Args:
+        layer: The layer that will be called.
+        record: Where activations and gradients go.
+        arg: Position or name of the argument of the layer's `forward`.
+    """
+
+    def __init__(self, layer: nn.Module, record: LayerRecord, arg: int | str) -> None:
+        self.record, self.arg = record, arg
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(layer.forward).parameters.items()
+        self.names = [name for name, parameter in parameters if parameter.kind in kinds]
+        # Code that changes its input in place must not meet a view, which autograd would refuse.
+        in_place = any(getattr(inner, "inplace", False) for inner in layer.modules())
+        self.copies = in_place or next(layer.children(), None) is not None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Arguments:
+        """Return the arguments with the tapped input in its place."""
+        position, name = self._locate(args)
+        value = args[position] if position is not None else kwargs.get(name)
+        activation = _checked_input(self.record.layer, self.arg, value)
+        if mask is not None:
+            _check_mask(self.record.layer, activation, mask)
+        self.record.num_calls += 1
+        passes_on = activation.requires_grad
+        if not passes_on:
+            activation = activation.detach().requires_grad_()
+        call = (self.record, self.record.num_calls, mask)
+        tapped = _Tap.apply(activation, call, self.copies, passes_on)  # type: ignore[no-untyped-call]
+        if position is not None:
+            return (*args[:position], tapped, *args[position + 1 :]), kwargs
+        return args, {**kwargs, name: tapped}
+
+    def _locate(self, args: tuple[Any, ...]) -> tuple[int | None, str]:
+        names, arg = self.names, self.arg
+        name = arg if isinstance(arg, str) else names[arg] if arg < len(names) else ""
+        position = arg if isinstance(arg, int) else names.index(arg) if arg in names else len(args)
+        return (position if position < len(args) else None), name
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which hands its input and the gradient of its output over together.
+
+    On the edge into the layer it meets this layer's share of the gradient only; a hook on the tensor would also sum
+    the gradients of its other consumers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Tensor, call: tuple[LayerRecord, int, Tensor | None], copies: bool, passes_on: bool
+    ) -> Tensor:
+        # Not an attribute of ctx, so that checkpointing can drop the tensor and compute it again.
+        ctx.save_for_backward(activation)
+        ctx.call, ctx.passes_on = call, passes_on
+        return activation.clone() if copies else activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        record, number, mask = ctx.call
+        if not record.closed:
+            with torch.no_grad():
+                record.add(number, *(_positions(tensor, mask) for tensor in (*ctx.saved_tensors, *gradients)))
+        # A gradient for an input that wanted none would only pile up in memory.
+        return (gradients[0] if ctx.passes_on else None), None, None, None
+
+
+def _positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    flat = rearrange(tensor.detach(), "... neuron -> (...) neuron")
+    return flat if mask is None else flat[mask.to(flat.device).flatten()]
+
+
+def _checked_input(layer: str, arg: int | str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+        what = (
+            f"a {value.dim()}-D tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        )
+        wrong = f"Argument {arg!r} of layer {layer!r} is {what}"
+        advice = "Name another argument of its forward with arg=."
+        raise NeuronHookError(problem(wrong, "a floating-point tensor (..., num_neurons)", advice))
+    if value.is_inference():
+        wrong = f"The input of layer {layer!r} was made under torch.inference_mode()"
+        raise NeuronHookError(problem(wrong, "a tensor that can have a gradient", "Clone it outside of that mode."))
+    return value
+
+
+def _check_mask(layer: str, activation: Tensor, mask: Tensor) -> None:
+    leading = activation.shape[:-1]
+    # Some models flatten batch and tokens before the layer; then the count is all there is to compare.
+    fits = mask.shape == leading if mask.dim() == len(leading) else mask.numel() == leading.numel()
+    if not fits:
+        wrong = f"position_mask has shape {tuple(mask.shape)}, but layer {layer!r} has positions {tuple(leading)}"
+        raise NeuronHookError(problem(wrong, "one entry per position", "Set hooks.position_mask before each forward."))

@@ -1,0 +1,117 @@
+"""RunCheckpoint: an unlearning run as a folder, so that a killed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torch_simu._checks import problem
+from torch_simu._files import load_tensors, replacing, save_tensors
+from torch_simu.attribution import Attribution
+from torch_simu.neurons import NeuronSelection
+
+_KIND = "UnlearningRun"
+_FILE = "run.safetensors"
+_COUNTERS = (bool, int, float)
+
+Record = dict[str, Any]
+"""One line of the step log: `step` and what was measured at it."""
+
+
+def fingerprint(configuration: Mapping[str, object], tensors: Iterable[Tensor]) -> str:
+    """Return a sha256 over a configuration and the raw bytes of tensors.
+
+    Examples:
+        >>> fingerprint({"seed": 0}, []) == fingerprint({"seed": 1}, [])
+        False
+    """
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class RunCheckpoint:
+    """A folder that holds a run: selection and scores of the first step, then weights, optimizer and log of the second.
+
+    Args:
+        folder: The folder; use `open`, which makes it and refuses that of another run.
+        fingerprint: Of configuration, data and starting weights: a run goes on only where it came from.
+    """
+
+    folder: Path
+    fingerprint: str
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: str) -> RunCheckpoint:
+        """Open the checkpoint of a run, or begin one.
+
+        Raises:
+            ValueError: If the folder belongs to another run or holds something else.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / "fingerprint.txt"
+        if not mark.exists() and any(folder.iterdir()):
+            raise ValueError(problem(f"Folder {str(folder)!r} is not empty and holds no run", "an empty folder"))
+        if mark.exists() and mark.read_text().strip() != fingerprint:
+            wrong = f"Checkpoint {str(folder)!r} belongs to another run"
+            raise ValueError(problem(wrong, "the same model, data and configuration", "Remove it to start anew."))
+        with replacing(mark) as temporary:
+            temporary.write_text(fingerprint)
+        return cls(folder, fingerprint)
+
+    def save_localized(self, selection: NeuronSelection, attribution: Attribution) -> None:
+        """Write the result of the first step."""
+        attribution.save(self.folder / "attribution.safetensors")
+        # The selection comes last: where it is, the first step is complete.
+        selection.save(self.folder / "selection.safetensors")
+
+    def localized(self) -> tuple[NeuronSelection, Attribution] | None:
+        """Read the result of the first step; None before it is complete."""
+        if not (self.folder / "selection.safetensors").exists():
+            return None
+        selection = NeuronSelection.load(self.folder / "selection.safetensors")
+        return selection, Attribution.load(self.folder / "attribution.safetensors")
+
+    def save(self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, log: list[Record]) -> None:
+        """Write trained weights, optimizer state and step log, whole or not at all."""
+        state = optimizer.state_dict()
+        tensors = {f"weight/{name}": param.detach() for name, param in params.items()}
+        for index, entry in state["state"].items():
+            tensors |= {f"state/{index}/{key}": value for key, value in entry.items()}
+        counters = [{k: v for k, v in group.items() if isinstance(v, _COUNTERS)} for group in state["param_groups"]]
+        save_tensors(self.folder / _FILE, _KIND, tensors, {"counters": counters, "log": log})
+
+    def load(self, params: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[Record]:
+        """Restore weights and optimizer in place, and return the step log; an empty one where there is no file.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if not (self.folder / _FILE).exists():
+            return []
+        tensors, header = load_tensors(self.folder / _FILE, _KIND)
+        state = optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "state":
+                index, _, key = rest.partition("/")
+                entries.setdefault(int(index), {})[key] = tensor
+        counters = cast("list[dict[str, object]]", header["counters"])
+        groups = [{**group, **saved} for group, saved in zip(state["param_groups"], counters, strict=True)]
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(tensors[f"weight/{name}"])
+        return cast("list[Record]", header["log"])

@@ -1,0 +1,138 @@
+"""UnlearnConfig: every choice of an unlearning run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch_simu._checks import check_choice, check_count, check_number
+from torch_simu.unlearning.objectives import OBJECTIVES
+
+Where = Literal["all", "critical", "random", "every_neuron", "attention"]
+"""Which weights train: all of them, critical neurons, as many random ones, all neurons, or attention projections."""
+
+MethodName = Literal["fo_graddiff", "so_graddiff", "simu_graddiff", "random_neurons", "all_neurons", "attention_only"]
+"""The methods, under the names they have in reports."""
+
+METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyType(
+    {
+        "fo_graddiff": ("first", "all"),
+        "so_graddiff": ("second", "all"),
+        "simu_graddiff": ("second", "critical"),
+        "random_neurons": ("second", "random"),
+        "all_neurons": ("second", "every_neuron"),
+        "attention_only": ("second", "attention"),
+    }
+)
+"""Method -> (order of the optimizer: AdamW or Sophia, which weights train)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlearnConfig:
+    """Every choice of an unlearning run; the defaults are a start for small models, `lr` wants tuning on others.
+
+    Args:
+        method: What is updated and how; see `METHODS`.
+        objective: What is descended: "grad_diff" or "grad_ascent".
+        retain_weight: Weight of the retain loss.
+        rule: How critical neurons are chosen: "contrast" (forget score against retain score), "top" (largest forget
+            scores), both up to `fraction`; or "threshold" (the paper's rule, share of the layer's largest score).
+        fraction: Share of neurons that "contrast", "top" and random neurons select.
+        threshold: Share of the largest score for the rule "threshold".
+        scope: Whether neurons compete within their "layer" or over all layers ("global").
+        attention: Whether attention projections train too: "frozen", or "full" as in the paper.
+        layers: Regular expression for the down projections; None: known from the model type.
+        attribution_method: As `method` of `attribute_neurons`.
+        attribution_steps: Path steps of the attribution.
+        attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
+        lr: Step size: the largest change of one weight per step (Sophia), or AdamW's learning rate.
+        betas: Decay of momentum and curvature (Sophia); AdamW keeps (0.9, 0.999).
+        rho: Curvature scale.
+        weight_decay: Decoupled decay of the trained weights.
+        clip: Bound of the ratio of momentum and curvature.
+        hessian_interval: Steps between two refreshes of the curvature, on retain batches.
+        forget_batch_size: Forget rows per step.
+        retain_batch_size: Retain rows per step.
+        hessian_batch_size: Retain rows per refresh.
+        max_steps: Steps at most.
+        forget_target: Stop when the mean probability of the forget answers is at most this; None: never.
+        eval_interval: Steps between two measurements of that probability.
+        monitor_interval: Steps between two measurements of the monitored sets.
+        checkpoint_interval: Steps between two checkpoints, where there is a place for them.
+        seed: Of batches, random neurons and sampled labels.
+
+    Raises:
+        ValueError: If a value is out of bounds or a name unknown.
+        TypeError: If a value has a wrong type.
+
+    Examples:
+        >>> UnlearnConfig(lr=2e-3).updated(fraction=0.05).fraction
+        0.05
+    """
+
+    method: MethodName = "simu_graddiff"
+    objective: str = "grad_diff"
+    retain_weight: float = 2.0
+    rule: Literal["contrast", "top", "threshold"] = "contrast"
+    fraction: float = 0.1
+    threshold: float = 0.3
+    scope: Literal["layer", "global"] = "layer"
+    attention: Literal["frozen", "full"] = "frozen"
+    layers: str | None = None
+    attribution_method: Literal["auto", "packed", "prefix", "layerwise", "joint"] = "auto"
+    attribution_steps: int = 10
+    attribution_rows: int = 400
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.965, 0.99)
+    rho: float = 0.04
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    hessian_interval: int = 5
+    forget_batch_size: int = 16
+    retain_batch_size: int = 16
+    hessian_batch_size: int = 16
+    max_steps: int = 200
+    forget_target: float | None = 0.1
+    eval_interval: int = 1
+    monitor_interval: int = 5
+    checkpoint_interval: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, tuple(METHODS))
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("rule", self.rule, ("contrast", "top", "threshold"))
+        check_choice("scope", self.scope, ("layer", "global"))
+        check_choice("attention", self.attention, ("frozen", "full"))
+        check_number("fraction", self.fraction, high=1.0, low_open=True)
+        check_number("threshold", self.threshold, high=1.0, low_open=True, high_open=True)
+        for name in ("retain_weight", "lr", "rho", "weight_decay"):
+            check_number(name, getattr(self, name))
+        check_number("clip", self.clip, low_open=True)
+        if self.forget_target is not None:
+            check_number("forget_target", self.forget_target, high=1.0)
+        for field in dataclasses.fields(self):
+            if field.name.endswith(("_size", "_steps", "_interval", "_rows")):
+                check_count(field.name, getattr(self, field.name))
+        check_count("seed", self.seed, low=0)
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the method steps with Sophia; else with AdamW."""
+        return METHODS[self.method][0] == "second"
+
+    @property
+    def where(self) -> Where:
+        """Which weights the method trains."""
+        return METHODS[self.method][1]
+
+    def updated(self, **changes: object) -> UnlearnConfig:
+        """Return a copy with some values changed, checked anew."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the values as JSON knows them."""
+        return dataclasses.asdict(self)

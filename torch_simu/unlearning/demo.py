@@ -1,0 +1,241 @@
+"""The demo: a small model memorizes fictional people and places, then forgets some people by every method."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_simu.attribution import Attribution
+from torch_simu.unlearning.checkpoint import Record
+from torch_simu.unlearning.config import METHODS, UnlearnConfig
+from torch_simu.unlearning.data import Example, encode, pad_id
+from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.fiction import make_corpus, make_tokenizer
+from torch_simu.unlearning.localization import Progress
+from torch_simu.unlearning.metrics import evaluate
+from torch_simu.unlearning.plots import plot_attribution, plot_curves
+from torch_simu.unlearning.report import Measures, MethodResult, Report, write_log
+from torch_simu.unlearning.rows import Row, rows_from_records
+from torch_simu.unlearning.training import TrainConfig, memorize
+
+# Learning rate of each method: the best of one grid, tuned by benchmarks/demo_tuning.py on seeds that are not shown.
+_RATES: Mapping[str, float] = MappingProxyType(
+    {
+        "fo_graddiff": 1e-4,
+        "so_graddiff": 1e-4,
+        "simu_graddiff": 2e-3,
+        "random_neurons": 2e-3,
+        "all_neurons": 6e-4,
+        "attention_only": 6e-4,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoRecipe:
+    """The sizes and choices of the demo.
+
+    Args:
+        num_forget: Fictional people to forget, with three facts each.
+        retain_per_forget: Retain people for each of them.
+        num_places: Fictional places, the world facts.
+        d_model: Width of the model.
+        d_ff: Neurons of each layer.
+        num_layers: Layers.
+        training: How the model memorizes.
+        unlearning: What all methods have in common.
+        rates: Method -> learning rate.
+    """
+
+    num_forget: int = 24
+    retain_per_forget: int = 3
+    num_places: int = 40
+    d_model: int = 128
+    d_ff: int = 512
+    num_layers: int = 3
+    training: TrainConfig = field(default_factory=TrainConfig)
+    unlearning: UnlearnConfig = field(default_factory=UnlearnConfig)
+    rates: Mapping[str, float] = _RATES
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        report: The table.
+        logs: Method -> step log.
+        attribution: Scores of the forget set; None when no method needed them.
+        start: Set -> EM before unlearning, and the forget probability then.
+        target: Forget probability at which methods are compared.
+    """
+
+    report: Report
+    logs: Mapping[str, Sequence[Record]]
+    attribution: Attribution | None
+    start: Mapping[str, float]
+    target: float | None
+
+    def save(self, folder: Path) -> None:
+        """Write report, plots and step logs into a folder."""
+        plot_curves(
+            self.logs, folder / "forgetting.png", sets=("retain", "world"), start=self.start, target=self.target
+        )
+        plots = ["forgetting.png"]
+        if self.attribution is not None:
+            plot_attribution(self.attribution, folder / "attribution.png")
+            plots.append("attribution.png")
+        for method, log in self.logs.items():
+            write_log(folder / f"steps_{method}.jsonl", log)
+        self.report.save(folder, plots)
+
+
+@dataclass(frozen=True, slots=True)
+class Fiction:
+    """The three sets of the demo, as rows and encoded, with their tokenizer."""
+
+    rows: Mapping[str, Sequence[Row]]
+    examples: Mapping[str, Sequence[Example]]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
+    """Write the demo's corpus and encode it."""
+    corpus = make_corpus(
+        seed,
+        num_forget=recipe.num_forget,
+        retain_per_forget=recipe.retain_per_forget,
+        num_places=recipe.num_places,
+    )
+    records = {"forget": corpus.forget, "retain": corpus.retain, "world": corpus.world}
+    texts = [text for part in records.values() for record in part for text in record.values()]
+    tokenizer = make_tokenizer(texts)
+    rows = {name: rows_from_records(part, source=name) for name, part in records.items()}
+    return Fiction(rows, {name: encode(part, tokenizer) for name, part in rows.items()}, tokenizer)
+
+
+def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedModel:
+    """Make the demo's Llama with random weights."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_ff,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    # transformers initializes from the global generator only: it is forked, so that the caller's stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast("PreTrainedModel", LlamaForCausalLM(config))
+
+
+def run_demo(
+    seed: int = 0,
+    *,
+    recipe: DemoRecipe | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Train a small model on fiction, make it forget by each method, and measure what it kept.
+
+    Every method gets the same data, batches, objective and stopping rule: it stops at the first step after which the
+    mean probability of the forget answers is at most the target. World facts are never in a batch.
+
+    Args:
+        seed: Of the corpus, the model, the training and the unlearning: the same seed gives the same numbers.
+        recipe: Sizes and choices; the default takes a few minutes on two cores.
+        methods: Which methods to run.
+        progress: See `torch_simu.unlearning.localization.Progress`.
+
+    Returns:
+        The table, the step logs and the scores.
+    """
+    recipe = DemoRecipe() if recipe is None else recipe
+    fiction = make_fiction(recipe, seed)
+    padding = pad_id(fiction.tokenizer)
+
+    def measured(model: PreTrainedModel) -> dict[str, Measures]:
+        return {
+            name: evaluate(model, fiction.tokenizer, rows, batch_size=128, rouge=False).means
+            for name, rows in fiction.rows.items()
+        }
+
+    def trained(stage: str, sets: Sequence[str]) -> tuple[PreTrainedModel, MethodResult]:
+        started = time.perf_counter()
+        model = make_model(recipe, len(fiction.tokenizer), seed)
+        examples = [example for name in sets for example in fiction.examples[name]]
+        config = dataclasses.replace(recipe.training, seed=seed)
+
+        def tell(done: int, total: int, note: str) -> None:
+            if progress is not None:
+                progress(stage, done, total, note)
+
+        memorize(model, examples, config=config, pad_id=padding, progress=tell)
+        seconds = time.perf_counter() - started
+        model.eval()
+        return model, MethodResult(measured(model), seconds=seconds)
+
+    base, before = trained("train", ("forget", "retain", "world"))
+    results: dict[str, MethodResult] = {"before": before}
+    logs: dict[str, list[Record]] = {}
+    attribution: Attribution | None = None
+    for method in methods:
+        config = recipe.unlearning.updated(method=method, lr=recipe.rates[method], seed=seed)
+        model = copy.deepcopy(base)
+        done = unlearn(
+            model,
+            fiction.examples["forget"],
+            fiction.examples["retain"],
+            config=config,
+            monitor={name: fiction.examples[name] for name in ("retain", "world")},
+            pad_id=padding,
+            progress=None if progress is None else _renamed(progress, method),
+        )
+        attribution = done.attribution or attribution
+        logs[method] = done.log
+        results[method] = MethodResult(
+            measured(model), done.changed_share, done.optimizer_bytes, done.seconds, done.steps
+        )
+    results["retrained"] = trained("retrain", ("retain", "world"))[1]
+    start = {name: before.sets[name]["em"] for name in ("retain", "world")}
+    start["forget_probability"] = before.sets["forget"]["probability"]
+    report = Report("torch_simu demo: forget fictional people", seed, results, _settings(recipe), _notes(recipe, logs))
+    return DemoResult(report, logs, attribution, start, recipe.unlearning.forget_target)
+
+
+def _renamed(progress: Progress, method: str) -> Progress:
+    def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{method}: {stage}", done, total, note)
+
+    return tell
+
+
+def _settings(recipe: DemoRecipe) -> dict[str, object]:
+    settings = dataclasses.asdict(dataclasses.replace(recipe, rates={}))
+    return {**settings, "rates": dict(recipe.rates)}
+
+
+def _notes(recipe: DemoRecipe, logs: Mapping[str, Sequence[Record]]) -> list[str]:
+    target = recipe.unlearning.forget_target
+    missed = [method for method, log in logs.items() if log[-1].get("forget_probability", 1.0) > (target or 0.0)]
+    notes = [
+        "Every method stops at the first step after which the mean probability of the forget answers is at most "
+        f"{target}; `retrained` never saw them. World facts are in no batch.",
+        "`random_neurons`, `all_neurons` and `attention_only` are controls: they say what choosing neurons is worth.",
+    ]
+    if missed and target is not None:
+        notes.append(f"Not reached within {recipe.unlearning.max_steps} steps by: {', '.join(missed)}.")
+    return notes

@@ -1,0 +1,213 @@
+"""unlearn: the two steps end to end, from a forget set and a retain set to a model that forgot."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from torch_simu._checks import problem
+from torch_simu.attribution import Attribution
+from torch_simu.neurons import NeuronSelection
+from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.data import Example
+from torch_simu.unlearning.localization import Progress, localize
+from torch_simu.unlearning.objectives import Objective, make_objective
+from torch_simu.unlearning.scoring import score_answers
+from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
+
+_EVAL_BATCH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Unlearned:
+    """What an unlearning run did; the model itself was changed in place.
+
+    Attributes:
+        selection: The neurons that trained; None where the method trains whole parameters.
+        attribution: The forget set's scores; None where none were needed.
+        log: One record per step: `step`, `loss`, the loss of each term, `refreshed` where the curvature was, and where
+            measured `forget_probability` and `monitor`, with `em`, `es` and `probability` of each monitored set.
+        reached: Whether the forget target was reached.
+        changed_share: Share of the model's weights that differ from before.
+        optimizer_bytes: Bytes of the optimizer's state at the end.
+        seconds: Wall time of both steps, without the monitored measurements.
+    """
+
+    selection: NeuronSelection | None
+    attribution: Attribution | None
+    log: list[Record]
+    reached: bool
+    changed_share: float
+    optimizer_bytes: int
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made."""
+        return len(self.log)
+
+
+def unlearn(
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    *,
+    config: UnlearnConfig | None = None,
+    objective: Objective | None = None,
+    selection: NeuronSelection | None = None,
+    monitor: Mapping[str, Sequence[Example]] | None = None,
+    pad_id: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Unlearned:
+    """Make `model` forget one set and keep another, in place: attribute, select, then step until the target.
+
+    The curvature is refreshed on retain batches, so that the step is short where the retain set bends. Dropout is off.
+    Batch `i` and the labels sampled at step `i` depend on the seed and `i` alone: a run that is killed and called again
+    with the same `checkpoint` ends with the same bits as one that was not.
+
+    Args:
+        model: A causal language model in floating point.
+        forget: Encoded rows to forget, as `torch_simu.unlearning.data.encode` makes them.
+        retain: Encoded rows to keep.
+        config: Every choice of the run.
+        objective: What is descended, in place of the one the configuration names.
+        selection: Neurons to train, in place of those the configuration would find.
+        monitor: Sets to measure every `config.monitor_interval` steps, for the log.
+        pad_id: The token id to pad with.
+        checkpoint: A folder to save the run to and to continue from; it is left there when the run is complete.
+        progress: See `Progress`.
+
+    Returns:
+        What was done, with the step log.
+
+    Raises:
+        ValueError: If a set is empty, or `checkpoint` belongs to another run.
+        NonFiniteLossError: If the loss of a step is not finite.
+    """
+    config = UnlearnConfig() if config is None else config
+    for name, examples in (("forget", forget), ("retain", retain)):
+        if not examples:
+            raise ValueError(problem(f"The {name} set is empty", "at least one example"))
+    objective = objective or make_objective(config.objective, retain_weight=config.retain_weight)
+    flags = [(param, param.requires_grad) for param in model.parameters()]
+    started, measuring = time.perf_counter(), 0.0
+    try:
+        with _eval_mode(model):
+            saved = None
+            if checkpoint is not None:
+                run = _fingerprint(model, forget, retain, config, objective, selection)
+                saved = RunCheckpoint.open(Path(checkpoint), run)
+            selection, attribution = localize(
+                model, forget, retain, config, selection=selection, pad_id=pad_id, checkpoint=saved, progress=progress
+            )
+            params, optimizer = make_optimizer(model, selection, config)
+            start = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
+            log = [] if saved is None else saved.load(params, optimizer)
+            stream = StepBatches(forget, retain, config, pad_id, model.device)
+            reached = bool(log) and _reached(log[-1], config)
+            while len(log) < config.max_steps and not reached:
+                number = len(log)
+                record = take_step(model, optimizer, objective, stream, config, number)
+                last = number + 1 == config.max_steps
+                if (number + 1) % config.eval_interval == 0 or last:
+                    scores = score_answers(model, forget, batch_size=_EVAL_BATCH, pad_id=pad_id)
+                    record["forget_probability"] = _mean(scores["probability"])
+                    reached = _reached(record, config)
+                if monitor and ((number + 1) % config.monitor_interval == 0 or reached or last):
+                    before = time.perf_counter()
+                    record["monitor"] = _monitored(model, monitor, pad_id)
+                    measuring += time.perf_counter() - before
+                log.append(record)
+                if saved is not None and ((number + 1) % config.checkpoint_interval == 0 or reached or last):
+                    saved.save(params, optimizer, log)
+                if progress is not None:
+                    note = f"forget probability {record.get('forget_probability', math.nan):.3f}"
+                    progress("unlearn", number + 1, config.max_steps, note)
+    finally:
+        for param, flag in flags:
+            param.requires_grad_(flag)
+            param.grad = None
+    return Unlearned(
+        selection,
+        attribution,
+        log,
+        reached,
+        changed_share=_changed(params, start) / sum(param.numel() for param in model.parameters()),
+        optimizer_bytes=state_bytes(optimizer),
+        seconds=time.perf_counter() - started - measuring,
+    )
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of all tensors in an optimizer's state.
+
+    Examples:
+        >>> optimizer = AdamW([nn.Parameter(torch.zeros(4))])
+        >>> state_bytes(optimizer)
+        0
+    """
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _reached(record: Record, config: UnlearnConfig) -> bool:
+    target = config.forget_target
+    return target is not None and record.get("forget_probability", math.inf) <= target
+
+
+def _monitored(model: PreTrainedModel, monitor: Mapping[str, Sequence[Example]], pad_id: int) -> Record:
+    measured: Record = {}
+    for name, examples in monitor.items():
+        scores = score_answers(model, examples, batch_size=_EVAL_BATCH, pad_id=pad_id)
+        measured[name] = {key: _mean(scores[key]) for key in ("em", "es", "probability")}
+    return measured
+
+
+def _changed(params: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> int:
+    return sum(int((param.detach().cpu() != start[name]).sum()) for name, param in params.items())
+
+
+def _fingerprint(
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    config: UnlearnConfig,
+    objective: Objective,
+    selection: NeuronSelection | None,
+) -> str:
+    chosen = None if selection is None else {layer: selection[layer].tolist() for layer in selection}
+    # A run may be continued with more steps or other intervals: they change when it ends, not what a step does.
+    choices = {
+        name: value
+        for name, value in config.to_json().items()
+        if name not in ("max_steps", "forget_target", "eval_interval", "monitor_interval", "checkpoint_interval")
+    }
+    data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
+    return fingerprint(
+        {"config": choices, "objective": repr(objective), "selection": chosen, "data": data}, model.parameters()
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training

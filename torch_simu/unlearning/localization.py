@@ -1,0 +1,111 @@
+"""Localization: the first step, which neurons or parameters a run trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_simu.attribution import Attribution, attribute_neurons
+from torch_simu.layers import down_projections
+from torch_simu.neurons import NeuronSelection
+from torch_simu.unlearning.checkpoint import RunCheckpoint
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.data import Example, batches_in_order
+
+
+class Progress(Protocol):
+    """Called with the stage ("attribute" or "unlearn"), how much of it is done, of how much, and a short note."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def choose_neurons(
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    config: UnlearnConfig,
+    *,
+    pad_id: int = 0,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[NeuronSelection, Attribution]:
+    """Do the first step alone: attribute the sets and select the critical neurons by the configured rule.
+
+    Args:
+        model: A causal language model.
+        forget: Encoded rows to forget.
+        retain: Encoded rows to keep; at most `config.attribution_rows` of them, evenly spread, are attributed.
+        config: Rule, fraction, threshold, scope and the options of the attribution.
+        pad_id: The token id to pad with.
+        resume: A file for partial sums, so that a killed attribution goes on.
+        progress: See `Progress`.
+
+    Returns:
+        The critical neurons, and the forget set's attribution.
+    """
+
+    def scores(stage: str, examples: Sequence[Example]) -> Attribution:
+        def tell(done: int, total: int) -> None:
+            if progress is not None:
+                progress(stage, done, total)
+
+        return attribute_neurons(
+            model,
+            batches_in_order(examples, 32, pad_id),
+            select=config.layers,
+            steps=config.attribution_steps,
+            method=config.attribution_method,
+            resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
+            progress=tell,
+        )
+
+    attribution = scores("attribute forget", forget)
+    if config.rule == "threshold":
+        return attribution.select(config.threshold, scope=config.scope), attribution
+    if config.rule == "top":
+        return attribution.top(config.fraction, scope=config.scope), attribution
+    stride = max(1, math.ceil(len(retain) / config.attribution_rows))
+    contrast = attribution.contrast(scores("attribute retain", retain[::stride]))
+    return contrast.top(config.fraction, scope=config.scope), attribution
+
+
+def localize(
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    config: UnlearnConfig,
+    *,
+    selection: NeuronSelection | None = None,
+    pad_id: int = 0,
+    checkpoint: RunCheckpoint | None = None,
+    progress: Progress | None = None,
+) -> tuple[NeuronSelection | None, Attribution | None]:
+    """Say which neurons the configured method trains; None where it trains whole parameters.
+
+    Arguments are those of `choose_neurons`; a given `selection` is returned as it is, and a `checkpoint` that holds the
+    first step spares it.
+    """
+    if selection is not None:
+        return selection, None
+    layers = None if config.layers is None else list(down_projections(model, config.layers))
+    match config.where:
+        case "critical":
+            if checkpoint is not None and (found := checkpoint.localized()) is not None:
+                return found
+            resume = None if checkpoint is None else checkpoint.folder / "attribution"
+            found = choose_neurons(model, forget, retain, config, pad_id=pad_id, resume=resume, progress=progress)
+            if checkpoint is not None:
+                checkpoint.save_localized(*found)
+            return found
+        case "random":
+            draw = torch.Generator().manual_seed(config.seed)
+            return NeuronSelection.random(model, config.fraction, draw, layers), None
+        case "every_neuron":
+            return NeuronSelection.full(model, layers), None
+        case _:
+            return None, None

@@ -1,0 +1,103 @@
+"""Plots: where the forget set sits, and what forgetting it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torch_simu._checks import problem
+from torch_simu.attribution import Attribution
+from torch_simu.unlearning.checkpoint import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BINS = 256
+
+
+def plot_attribution(attribution: Attribution, path: str | Path, *, title: str = "Forget-set attribution") -> None:
+    """Draw a heat map with a line per layer, its neurons in order of their score.
+
+    Args:
+        attribution: The scores. A layer with more neurons than the map has columns is averaged over neighbors in rank.
+        path: Where the PNG goes.
+        title: Title of the plot.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure(8, 1.6 + 0.32 * len(attribution.scores))
+    axes = figure.add_subplot()
+    grid = torch.stack([_ranked(score.float()) for score in attribution.scores.values()])
+    # The map is about where, so each layer has its own scale; its largest score stands at the end of its line.
+    scale = grid.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    image = axes.imshow(
+        (grid / scale).numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, extent=(0, 100, len(grid), 0)
+    )
+    axes.set_yticks([number + 0.5 for number in range(len(grid))], list(attribution.scores))
+    axes.set_xlabel("neurons of the layer, by score (%)")
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, label="score / largest of the layer")
+    figure.savefig(path, dpi=130)
+
+
+def plot_curves(
+    logs: Mapping[str, Sequence[Record]],
+    path: str | Path,
+    *,
+    sets: Sequence[str],
+    start: Mapping[str, float] | None = None,
+    target: float | None = None,
+) -> None:
+    """Draw how much of each set is kept (EM) against the forget probability, a line per method from right to left.
+
+    Args:
+        logs: Method -> step log of `unlearn` with monitored sets.
+        path: Where the PNG goes.
+        sets: Names of the monitored sets, a panel each.
+        start: Set -> EM before the first step, and "forget_probability" then.
+        target: Forget probability at which methods are compared.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure(4.6 * len(sets), 4.0)
+    for number, name in enumerate(sets):
+        axes = figure.add_subplot(1, len(sets), number + 1)
+        for method, log in logs.items():
+            points = [
+                (record["forget_probability"], record["monitor"][name]["em"]) for record in log if "monitor" in record
+            ]
+            if start is not None:
+                points.insert(0, (start["forget_probability"], start[name]))
+            axes.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=1.2, label=method)
+        if target is not None:
+            axes.axvline(target, color="gray", linestyle=":", linewidth=1)
+        axes.invert_xaxis()
+        axes.set_xlabel("mean forget probability")
+        axes.set_ylabel(f"{name} EM")
+        axes.set_title(f"{name} set kept while forgetting")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="lower left")
+    figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        # The object interface leaves the user's backend and open figures alone.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            problem("matplotlib is not installed", "it for plots", "pip install torch-simu[plots]")
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _ranked(score: Tensor) -> Tensor:
+    ranked = score.sort(descending=True).values
+    return functional.adaptive_avg_pool1d(ranked[None], min(_BINS, score.numel()))[0]

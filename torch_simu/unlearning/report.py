@@ -1,0 +1,156 @@
+"""Report: what a person reads after a run, and what programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from torch_simu._files import replacing
+
+Measures = Mapping[str, float]
+"""`em`, `es`, `probability` and `qa_exact_match` of one set, each in [0, 1]."""
+
+MEASURES = ("em", "es", "probability", "qa_exact_match")
+_TITLES = ("EM", "ES", "prob.", "QA")
+_PACKAGES = ("torch-simu", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodResult:
+    """One row of a report.
+
+    Attributes:
+        sets: "forget", "retain" and perhaps "world" -> measures.
+        changed_share: Share of the model's weights that differ from before.
+        optimizer_bytes: Bytes of the optimizer's state.
+        seconds: Wall time.
+        steps: Number of optimizer steps.
+    """
+
+    sets: Mapping[str, Measures]
+    changed_share: float = 0.0
+    optimizer_bytes: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row as JSON knows it."""
+        sets = {name: {key: measures[key] for key in MEASURES} for name, measures in self.sets.items()}
+        return {
+            **sets,
+            "changed_share": self.changed_share,
+            "optimizer_bytes": self.optimizer_bytes,
+            "seconds": round(self.seconds, 3),
+            "steps": self.steps,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The results of several methods on the same sets.
+
+    Attributes:
+        title: What was run.
+        seed: Its seed.
+        methods: Name -> result, in the order of the table.
+        settings: Choices to record beside the results.
+        notes: Sentences below the table.
+    """
+
+    title: str
+    seed: int
+    methods: Mapping[str, MethodResult]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON knows it."""
+        return {
+            "title": self.title,
+            "seed": self.seed,
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "methods": {name: result.to_json() for name, result in self.methods.items()},
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+        }
+
+    def header(self) -> list[str]:
+        """Return the titles of the table's columns."""
+        sets = next(iter(self.methods.values())).sets
+        measures = [f"{name} {title}" for name in sets for title in _TITLES]
+        return ["method", *measures, "changed", "state", "steps", "seconds"]
+
+    def rows(self) -> list[list[str]]:
+        """Return the cells of the table, a list per method."""
+        return [
+            [
+                name,
+                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in MEASURES),
+                f"{100 * result.changed_share:.3g} %",
+                readable_bytes(result.optimizer_bytes),
+                str(result.steps),
+                f"{result.seconds:.1f}",
+            ]
+            for name, result in self.methods.items()
+        ]
+
+    def to_markdown(self, plots: Sequence[str] = ()) -> str:
+        """Return the report as a Markdown page that shows the plots, which lie beside it."""
+        header = self.header()
+        lines = [
+            f"# {self.title}",
+            "",
+            f"Seed {self.seed}. EM: exact memorization, ES: extraction strength, prob.: probability of the answer, "
+            "QA: generated answer equals the true one.",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+            *("| " + " | ".join(row) + " |" for row in self.rows()),
+            "",
+            *(f"{note}\n" for note in self.notes),
+            *(f"![{Path(plot).stem.replace('_', ' ')}]({plot})\n" for plot in plots),
+        ]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def save(self, folder: Path, plots: Sequence[str] = ()) -> None:
+        """Write `report.json` and `report.md` into a folder."""
+        write_json(folder / "report.json", self.to_json())
+        with replacing(folder / "report.md") as temporary:
+            temporary.write_text(self.to_markdown(plots), encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, whole or not at all; a number that is not finite is refused rather than written as no JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_log(path: Path, log: Sequence[Mapping[str, object]]) -> None:
+    """Write a step log as JSON Lines, a record per step."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in log), encoding="utf-8")
+
+
+def readable_bytes(count: int) -> str:
+    """Return a count of bytes with three digits and a unit.
+
+    Examples:
+        >>> readable_bytes(3_221_000)
+        '3.22 MB'
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

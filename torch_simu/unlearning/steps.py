@@ -1,0 +1,109 @@
+"""One unlearning step: the batches it takes, the optimizer it moves, the record it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
+
+from torch_simu._checks import problem
+from torch_simu.curvature import gauss_newton_loss
+from torch_simu.layers import attention_projections
+from torch_simu.neurons import NeuronSelection
+from torch_simu.optimizer import SIMUOptimizer
+from torch_simu.unlearning.checkpoint import Record
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.data import Batches, Example
+from torch_simu.unlearning.objectives import Objective, answer_logits
+
+
+class NonFiniteLossError(ValueError):
+    """The loss of a step is not finite, so the run stopped before it could change a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """The batches of every step, each a pure function of the seed and the step."""
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    config: UnlearnConfig
+    pad_id: int
+    device: torch.device
+
+    def batch(self, what: str, number: int) -> dict[str, Tensor]:
+        config = self.config
+        examples, size, offset = {
+            "forget": (self.forget, config.forget_batch_size, 0),
+            "retain": (self.retain, config.retain_batch_size, 1),
+            "hessian": (self.retain, config.hessian_batch_size, 2),
+        }[what]
+        batches = Batches(examples, min(size, len(examples)), 3 * config.seed + offset, self.pad_id)
+        return {name: tensor.to(self.device) for name, tensor in batches.batch(number).items()}
+
+
+def make_optimizer(
+    model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig
+) -> tuple[dict[str, nn.Parameter], Optimizer]:
+    groups: list[dict[str, object]]
+    if selection is not None:
+        groups = selection.param_groups(model, attention=config.attention)
+    else:
+        model.requires_grad_(False)
+        owners = attention_projections(model).values() if config.where == "attention" else [model]
+        chosen = list(dict.fromkeys(param for owner in owners for param in owner.parameters()))
+        groups = [{"params": chosen}]
+        for param in chosen:
+            param.requires_grad_(True)
+    trained = {id(param) for group in groups for param in cast("list[nn.Parameter]", group["params"])}
+    params = {name: param for name, param in model.named_parameters() if id(param) in trained}
+    if not config.second_order:
+        return params, AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return params, SIMUOptimizer(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        rho=config.rho,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        hessian_interval=config.hessian_interval,
+    )
+
+
+def take_step(
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    objective: Objective,
+    stream: StepBatches,
+    config: UnlearnConfig,
+    number: int,
+) -> Record:
+    optimizer.zero_grad()
+    record: Record = {"step": number + 1, "loss": 0.0}
+    for term in objective.terms(model, stream.batch("forget", number), stream.batch("retain", number)):
+        # Each term is differentiated before the next is made: one graph is held at a time.
+        (term.weight * term.loss).backward()
+        value = term.loss.item()
+        record[f"{term.name}_loss"] = value
+        record["loss"] += term.weight * value
+    if not math.isfinite(record["loss"]):
+        wrong = f"The loss of step {number + 1} is {record['loss']}"
+        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {config.lr:g})."))
+    optimizer.step()
+    if isinstance(optimizer, SIMUOptimizer) and optimizer.hessian_due:
+        optimizer.zero_grad()
+        batch = stream.batch("hessian", number)
+        # Seeded by the step, so that a resumed run samples the labels that the unbroken one would have.
+        draw = torch.Generator(model.device).manual_seed(config.seed * 1_000_003 + number)
+        loss, num_tokens = gauss_newton_loss(answer_logits(model, batch), batch["labels"], generator=draw)
+        loss.backward()
+        optimizer.update_hessian(num_tokens)
+        record["refreshed"] = True
+    optimizer.zero_grad()
+    return record
