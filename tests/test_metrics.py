@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.language import ROWS, memorizing_model, merging_tokenizer, tiny_model, word_tokenizer
@@ -243,6 +243,7 @@ def test_normalizing_is_idempotent_and_blind_to_case_and_space(text):
 
 
 @given(words, words.filter(bool), words)
+@example("roses", "rose", "")
 def test_an_answer_is_contained_where_its_words_stand_together(before, answer, after):
     whole = f"{before} {answer} {after}"
     assert contains_answer(whole, answer)

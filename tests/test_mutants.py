@@ -76,20 +76,17 @@ class TestOptimizer:
     @pytest.mark.parametrize(
         "mutant",
         [
-            *(
-                mutants.ForgetsToClip,
-                mutants.DecaysWithoutTheStepSize,
-                mutants.UpdatesMomentumTwice,
-                mutants.ForgetsTheBatchFactor,
-                mutants.SwapsTheBetas,
-            ),
-            *(
-                mutants.SquaresEveryGradient,
-                mutants.FoldsCurvatureInLate,
-                mutants.RefreshesOneIntervalLate,
-                mutants.IsAlwaysDue,
-            ),
-            *(mutants.DecaysEveryColumn, mutants.StepsBesideTheNeurons),
+            mutants.ForgetsToClip,
+            mutants.DecaysWithoutTheStepSize,
+            mutants.UpdatesMomentumTwice,
+            mutants.ForgetsTheBatchFactor,
+            mutants.SwapsTheBetas,
+            mutants.SquaresEveryGradient,
+            mutants.FoldsCurvatureInLate,
+            mutants.RefreshesOneIntervalLate,
+            mutants.IsAlwaysDue,
+            mutants.DecaysEveryColumn,
+            mutants.StepsBesideTheNeurons,
         ],
     )
     def test_law_3_fails_on_steps_of_another_method(self, mutant):

@@ -170,14 +170,14 @@ def _layer_sum(pack: _Pack, name: str, module: nn.Module, path: Path) -> LayerSu
     for start in range(0, num_queries, size):
         part = slice(start, start + size)
         change += path.values(pack.clean[0, part], pack.targets[part]).double().sum().item()
-        with torch.no_grad():
-            values, _, _ = _stream_values(pack, name, module, [0.0], part, path)
-        change -= values.double().sum().item()
         for first in range(0, path.steps, streams):
             alphas = path.alphas[first : first + streams]
-            values, leaf, activation = _stream_values(pack, name, module, alphas, part, path)
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
-            total = total + attributed(gradient, activation)
+            # The end of the path is measured on the way: one stream more costs less than a pass of its own.
+            ends = [0.0] if first == 0 else []
+            values, leaf, activation = _stream_values(pack, name, module, [*alphas, *ends], part, path)
+            change -= values[len(alphas) :].detach().double().sum().item()
+            (gradient,) = torch.autograd.grad(values[: len(alphas)].sum(), leaf)
+            total = total + attributed(gradient[: len(alphas)], activation)
     scores = total / path.steps
     return LayerSum(scores, scores.sum().item() - change)
 

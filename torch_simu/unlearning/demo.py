@@ -64,7 +64,7 @@ class DemoRecipe:
     num_layers: int = 3
     training: TrainConfig = field(default_factory=TrainConfig)
     unlearning: UnlearnConfig = field(default_factory=UnlearnConfig)
-    rates: Mapping[str, float] = _RATES
+    rates: Mapping[str, float] = field(default_factory=lambda: _RATES)
 
 
 @dataclass(frozen=True, slots=True)
