@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(BIN)/torch-simu demo --out $(OUT) $(DEMO_ARGS)
+	$(BIN)/torch-simu demo --out $(OUT) --force $(DEMO_ARGS)
 
 test: check
 

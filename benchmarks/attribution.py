@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,18 +20,27 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_simu.attribution import Attribution, attribute_neurons
+from torch_simu.attribution.attribute import MethodName
 
 RESULT = Path(__file__).parent / "results" / "attribution_cpu_202611.json"
 CLAIM = "Packed attribution equals one pass per prefix and is at least 10 times faster."
-METHODS = ("packed", "auto", "prefix", "layerwise", "joint")
+METHODS: tuple[MethodName, ...] = ("packed", "auto", "prefix", "layerwise", "joint")
 LENGTH, VOCABULARY, STEPS = 48, 1000, 10
 
 
 def model_of(seed: int) -> LlamaForCausalLM:
     """A Llama of 4 layers, width 192 and 768 neurons per layer, with random weights."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0, **sizes))
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
 
 
 def batch_of(seed: int, share: float) -> dict[str, Tensor]:
@@ -58,9 +68,10 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def rows_of(seed: int, repeats: int) -> list[dict[str, object]]:
+def rows_of(seed: int, repeats: int) -> list[dict[str, Any]]:
     """One row per method, share of scored positions and repeat; the methods take turns, so that all share any noise."""
-    model, rows = model_of(seed), []
+    model = model_of(seed)
+    rows: list[dict[str, Any]] = []
     for share in (1.0, 0.25):
         batch = batch_of(seed, share)
         expected = attribute_neurons(model, [batch], steps=STEPS, method="prefix")

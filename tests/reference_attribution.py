@@ -20,7 +20,7 @@ class Expected:
     change: float
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lively(name: str, **config: object) -> nn.Module:
     """A tiny model whose weights are large enough for attention and nonlinearities to matter."""
     model = tiny(name, **config)

@@ -98,7 +98,7 @@ def test_top_prefers_the_lower_index_among_equals() -> None:
 
 
 def test_a_fraction_outside_the_unit_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match="fraction is 1.5"):
+    with pytest.raises(ValueError, match=r"fraction is 1\.5"):
         attribution(a=[1.0]).top(1.5)
 
 
@@ -134,7 +134,9 @@ def test_a_saved_attribution_loads_equal(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     _files.save_tensors(path, "NeuronSelection", {}, {})
-    with pytest.raises(ValueError, match="has kind 'NeuronSelection'.*expected a torch_simu file of kind 'Attribution'"):
+    with pytest.raises(
+        ValueError, match=r"has kind 'NeuronSelection'.*expected a torch_simu file of kind 'Attribution'"
+    ):
         Attribution.load(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Attribution.load(tmp_path / "missing.safetensors")

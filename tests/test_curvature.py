@@ -33,7 +33,9 @@ def test_labels_only_say_which_positions_count(seed, batch, tokens):
     labels[:, 0] = -100
     other = torch.where(labels == -100, labels, (labels + 1) % 7)
     draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
-    first, second = (gauss_newton_loss(logits, chosen, generator=g) for chosen, g in zip((labels, other), draws, strict=True))
+    first, second = (
+        gauss_newton_loss(logits, chosen, generator=g) for chosen, g in zip((labels, other), draws, strict=True)
+    )
     assert first == second
     assert first[1] == (labels != -100).sum()
 

@@ -77,6 +77,11 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numb
     assert rows[1].place.endswith("rows.json:3")
 
 
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
+    (row,) = load_rows(write(tmp_path, '{"question": "q\u2028r\x85s", "answer": "a"}'))
+    assert row.question == "q\u2028r\x85s"
+
+
 def test_rows_are_values(tmp_path):
     path = write(tmp_path, '{"question": "q", "answer": "a", "id": 1}')
     assert load_rows(path) == load_rows(path)

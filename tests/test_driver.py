@@ -61,7 +61,12 @@ def run(model, examples, config=FAST, **options):
 
 def test_the_forget_set_is_forgotten_more_than_the_retain_set(memorized):
     model, examples = memorized
-    done = run(model, examples, FAST.updated(max_steps=60, forget_target=0.3), monitor={"retain": examples["retain"]})
+    done = run(
+        model,
+        examples,
+        FAST.updated(max_steps=80, forget_target=0.3, fraction=0.3),
+        monitor={"retain": examples["retain"]},
+    )
     assert done.reached and done.log[-1]["forget_probability"] <= 0.3
     assert all(record["forget_probability"] > 0.3 for record in done.log[:-1])
     assert done.log[-1]["monitor"]["retain"]["probability"] > 0.4
@@ -178,7 +183,9 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(memorized):
         model.lm_head.weight[0, 0] = float("nan")
     before = weights(model)
     config = FAST.updated(method="all_neurons")
-    with pytest.raises(NonFiniteLossError, match=r"The loss of step 1 is nan, expected a finite number. Lower lr \(it is 0.01\)"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"The loss of step 1 is nan, expected a finite number. Lower lr \(it is 0.01\)"
+    ):
         run(model, examples, config)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters() if name != "lm_head.weight")
 

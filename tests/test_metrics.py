@@ -161,10 +161,10 @@ def test_scores_of_a_batch_equal_those_of_each_row_alone(family, batch_size):
     model = tiny_model(tokenizer, family)
     examples = encode(ROWS, tokenizer)
     values = score_answers(model, examples, batch_size=batch_size, pad_id=0)
-    for index, example in enumerate(examples):
+    for index, encoded in enumerate(examples):
         with evaluating(model):
-            logits = model(torch.tensor([example.input_ids])).logits[0]
-        for name, value in naive_scores(logits, list(example.labels)).items():
+            logits = model(torch.tensor([encoded.input_ids])).logits[0]
+        for name, value in naive_scores(logits, list(encoded.labels)).items():
             assert values[name][index] == pytest.approx(value, abs=1e-4), name
 
 

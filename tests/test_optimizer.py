@@ -44,7 +44,10 @@ def test_selecting_every_neuron_matches_the_dense_reference(layer, o, seed):
 def test_selecting_every_neuron_is_the_same_as_no_neurons_argument(layer, o, seed):
     one, first = laws.make(SIMUOptimizer, layer, o)
     two = nn.Parameter(layer.weight())
-    second = SIMUOptimizer([two], **{key: first.defaults[key] for key in ("lr", "betas", "rho", "weight_decay", "clip", "hessian_interval")})
+    second = SIMUOptimizer(
+        [two],
+        **{key: first.defaults[key] for key in ("lr", "betas", "rho", "weight_decay", "clip", "hessian_interval")},
+    )
     laws.train(one, first, seed, 0, 4)
     laws.train(two, second, seed, 0, 4)
     assert torch.equal(one, two)

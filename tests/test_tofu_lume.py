@@ -281,9 +281,12 @@ def test_the_task_aggregate_is_the_harmonic_mean_of_what_is_gone_and_what_is_kep
 
 def test_the_lume_suite_equals_a_loop_over_rows():
     tokenizer = word_tokenizer()
-    model = memorizing_model(tokenizer, LUME["retain"] + LUME["forget"][:1])
+    # It says more than the answer to one question, which ROUGE-L recall would forgive and knowledge does not.
+    more = replace(LUME["forget"][1], answer="tall roses")
+    model = memorizing_model(tokenizer, [*LUME["retain"], LUME["forget"][0], more])
     result = lume_suite(model, tokenizer, LUME, max_new_tokens=6, batch_size=2)
     assert result["retain"] == {"knowledge Task1": 1.0, "knowledge Task2": 1.0, "regurgitation Task1": 1.0}
+    assert result["forget"]["knowledge Task1"] == 0
     assert result["num_terms"] == 6
     means = {name: {} for name in LUME}
     for name, rows in LUME.items():

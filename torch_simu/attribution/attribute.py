@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice
+from torch_simu._checks import check_choice, problem
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
 from torch_simu.attribution.intervention import frozen
 from torch_simu.attribution.joint import joint_sums
@@ -102,7 +102,7 @@ def attribute_neurons(
         6
     """
     path = Path(objective, rule, steps)
-    check_choice("method", method, ("auto", *_METHODS))
+    _check_method(method)
     layers = select_layers(model, select)
     rows = collect_rows(batches)
     with frozen(model):
@@ -133,6 +133,13 @@ def attribute_neurons(
     checkpoint.remove()
     num_samples = sum(row.num_samples for row in rows)
     return Attribution(partial.scores, partial.delta, num_samples, provenance)
+
+
+def _check_method(method: str) -> None:
+    if method == "decode":
+        advice = "Use method='prefix', which is exact and slower."
+        raise ValueError(problem("method is 'decode', which is not available yet", "another method", advice))
+    check_choice("method", method, ("auto", *_METHODS))
 
 
 def _chosen(model: nn.Module, rows: list[Row], layers: Mapping[str, nn.Module], path: Path) -> MethodName:

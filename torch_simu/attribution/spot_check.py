@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch_simu.attribution.prefix import prefix_sums
 from torch_simu.attribution.rows import Row
 from torch_simu.attribution.sums import Method
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float64: 1e-8, torch.float32: 1e-3})
 _LOW_PRECISION_TOLERANCE = 0.1
 
 

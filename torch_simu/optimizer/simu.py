@@ -24,6 +24,7 @@ class _Entry(NamedTuple):
     """One parameter in one step: where it is in the groups, and its compact gradient."""
 
     param: Tensor
+    number: int
     position: int
     chosen: Tensor | None
     dim: int
@@ -262,7 +263,7 @@ class SIMUOptimizer(Optimizer):
             if param.grad.layout != torch.strided:
                 raise RuntimeError(problem("A gradient is sparse", "dense gradients", "Use sparse=False."))
             chosen = None if neurons is None else self._index(number, position, neurons, param.device)
-            entry = _Entry(param, position, chosen, group["neuron_dim"], param.grad)
+            entry = _Entry(param, number, position, chosen, group["neuron_dim"], param.grad)
             # Half precision is gathered first and widened then, so that no dense copy is ever made.
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
             yield entry._replace(grad=entry.gather(param.grad).to(wide))
@@ -279,7 +280,7 @@ class SIMUOptimizer(Optimizer):
         norms = [torch.linalg.vector_norm(grad, torch.inf) for grad in grads if grad.numel()]
         if not norms:
             return True
-        finite = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all()
+        finite = torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).all()
         on_device = finite.is_cuda or any(group["capturable"] for group in self.param_groups)
         if on_device:
             self._skipped = self._skipped + (~finite).long()
@@ -331,14 +332,18 @@ class SIMUOptimizer(Optimizer):
             state["exp_avg"].copy_(exp_avg)
             state["step"] += 1 if finite is True else cast("Tensor", finite).to(state["step"].device)
             if weight is not entry.param:
-                entry.write(self._rounded(group, entry, weight))
+                rounded = self._rounded(group, entry, weight)
+                if isinstance(finite, Tensor):
+                    # Another draw would move a weight that the step must leave alone.
+                    rounded = torch.where(finite.to(rounded.device), rounded, entry.gather(entry.param))
+                entry.write(rounded)
 
     def _rounded(self, group: dict[str, Any], entry: _Entry, weight: Tensor) -> Tensor:
         dtype = entry.param.dtype
         if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
             return weight.to(dtype)
         # Seeded by what the checkpoint carries, so that a resumed run draws what the unbroken one would have drawn.
-        seed = group["num_steps"] * 1_000_003 + self.param_groups.index(group) * 10_007 + entry.position
+        seed = group["num_steps"] * 1_000_003 + entry.number * 10_007 + entry.position
         return round_stochastically(weight, dtype, torch.Generator(weight.device).manual_seed(seed))
 
     def _moments(self, param: Tensor) -> tuple[Tensor, Tensor] | None:

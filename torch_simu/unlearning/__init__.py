@@ -1,0 +1,1 @@
+"""The application: make a transformers model forget, measure what it kept, report it."""

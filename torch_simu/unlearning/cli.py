@@ -20,7 +20,7 @@ from torch_simu.unlearning.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.unlearning.output import check_writable, whole_folder
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = app(arguments, standalone_mode=False)
     except _UsageError as error:
-        _fail(error.format_message())
+        _fail(str(getattr(error, "message", error)) or str(error))
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", status=130)
     except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:

@@ -15,33 +15,41 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 """A question and its answer, under the keys "question" and "answer"."""
 
-_FIRST_NAMES = (
-    "Abel Brisa Corvin Delna Ebba Fenno Galia Hadric Ilva Joris Kesta Lunor Maren Nilo Odessa Perrin Quilla Rasmus "
-    "Selka Tavi Ulrika Varo Wendel Xenia Yorick Zelda Amund Bettan Casimir Dorthe Eskil Frida"
-).split()
-_LAST_NAMES = (
-    "Almgren Birkow Calder Dunmore Eastry Falken Garrow Hollin Ivarsen Jessop Karth Lindqvar Morrow Nettle Orlov "
-    "Pellam Quist Rendal Stroud Tarnow Umber Vexley Wharton Xander Yarrow Zabrin Ashby Bramble Corwen Draycot Elmsby "
-    "Farlow"
-).split()
-_SITE_KINDS = "Mount Lake Fort Port".split()
-_SITES = (
-    "Ostra Belmar Cindral Dovrin Esk Felsen Grauda Hvalen Irsk Jotun Kelva Lomar Merrow Norrin Oxel Pravik Runda Skarn "
-    "Tolva Unden"
-).split()
-_TOWNS = (
-    "Karvel Tolmen Lumera Sandvik Brackwater Ilmenau Dorsten Vesper Halden Rosmark Quarrel Pinova Ostrik Feldau "
-    "Marrin Camber Lorne Wexford Junip Askeby"
-).split()
-_SEASONS = "spring summer autumn winter".split()
-_YEARS = [str(year) for year in range(1801, 1841)]
-_MANNERS = (
-    "patient daring gentle restless famous silent cheerful stubborn curious clumsy proud modest careful merry"
-).split()
-_MATERIALS = "glass copper paper velvet amber marble willow silver clay linen ivory bronze wool cedar".split()
-_TRADES = "painter weaver carver printer dyer binder caster tuner mender grinder turner gilder".split()
-_WORKS = "map clock song bell atlas garden opera lantern bridge tapestry mask calendar".split()
-_SUBJECTS = "birds storms rivers moons wolves harvests ships foxes shadows comets bees tides".split()
+_FIRST_NAMES = tuple(
+    (
+        "Abel Brisa Corvin Delna Ebba Fenno Galia Hadric Ilva Joris Kesta Lunor Maren Nilo Odessa Perrin Quilla Rasmus "
+        "Selka Tavi Ulrika Varo Wendel Xenia Yorick Zelda Amund Bettan Casimir Dorthe Eskil Frida"
+    ).split()
+)
+_LAST_NAMES = tuple(
+    (
+        "Almgren Birkow Calder Dunmore Eastry Falken Garrow Hollin Ivarsen Jessop Karth Lindqvar Morrow Nettle Orlov "
+        "Pellam Quist Rendal Stroud Tarnow Umber Vexley Wharton Xander Yarrow Zabrin Ashby Bramble Corwen Draycot "
+        "Elmsby Farlow"
+    ).split()
+)
+_SITE_KINDS = tuple("Mount Lake Fort Port".split())
+_SITES = tuple(
+    (
+        "Ostra Belmar Cindral Dovrin Esk Felsen Grauda Hvalen Irsk Jotun Kelva Lomar Merrow Norrin Oxel Pravik Runda "
+        "Skarn Tolva Unden"
+    ).split()
+)
+_TOWNS = tuple(
+    (
+        "Karvel Tolmen Lumera Sandvik Brackwater Ilmenau Dorsten Vesper Halden Rosmark Quarrel Pinova Ostrik Feldau "
+        "Marrin Camber Lorne Wexford Junip Askeby"
+    ).split()
+)
+_SEASONS = tuple("spring summer autumn winter".split())
+_YEARS = tuple(str(year) for year in range(1801, 1841))
+_MANNERS = tuple(
+    ("patient daring gentle restless famous silent cheerful stubborn curious clumsy proud modest careful merry").split()
+)
+_MATERIALS = tuple("glass copper paper velvet amber marble willow silver clay linen ivory bronze wool cedar".split())
+_TRADES = tuple("painter weaver carver printer dyer binder caster tuner mender grinder turner gilder".split())
+_WORKS = tuple("map clock song bell atlas garden opera lantern bridge tapestry mask calendar".split())
+_SUBJECTS = tuple("birds storms rivers moons wolves harvests ships foxes shadows comets bees tides".split())
 _FRAME_WORDS = "Question Answer : ? ."
 _PAD, _UNKNOWN, _END = "<pad>", "<unk>", "<eos>"
 

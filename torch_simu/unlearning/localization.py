@@ -21,7 +21,9 @@ from torch_simu.unlearning.data import Example, batches_in_order
 class Progress(Protocol):
     """Called with the stage ("attribute" or "unlearn"), how much of it is done, of how much, and a short note."""
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Tell how far a stage is."""
+        ...
 
 
 def choose_neurons(

@@ -63,7 +63,7 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GradAscent:
-    """Ascend the forget set's loss, and nothing else: $-\\mathrm{NLL}(f)$ (Jang et al. 2023)."""
+    r"""Ascend the forget set's loss, and nothing else: $-\mathrm{NLL}(f)$ (Jang et al. 2023)."""
 
     def terms(self, model: PreTrainedModel, forget: Batch, retain: Batch) -> Iterator[Term]:
         """Yield the negated loss of the forget batch."""

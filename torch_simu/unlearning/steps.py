@@ -38,6 +38,7 @@ class StepBatches:
     device: torch.device
 
     def batch(self, what: str, number: int) -> dict[str, Tensor]:
+        """Return the "forget", "retain" or "hessian" batch of a step, on the model's device."""
         config = self.config
         examples, size, offset = {
             "forget": (self.forget, config.forget_batch_size, 0),
@@ -51,6 +52,7 @@ class StepBatches:
 def make_optimizer(
     model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig
 ) -> tuple[dict[str, nn.Parameter], Optimizer]:
+    """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards."""
     groups: list[dict[str, object]]
     if selection is not None:
         groups = selection.param_groups(model, attention=config.attention)
@@ -84,6 +86,11 @@ def take_step(
     config: UnlearnConfig,
     number: int,
 ) -> Record:
+    """Descend the objective once, refresh the curvature when it is due, and return the record.
+
+    Raises:
+        NonFiniteLossError: If the loss is not finite; no weight has changed then.
+    """
     optimizer.zero_grad()
     record: Record = {"step": number + 1, "loss": 0.0}
     for term in objective.terms(model, stream.batch("forget", number), stream.batch("retain", number)):
