@@ -126,7 +126,7 @@ class Stopped(Exception):
 
 def stop_at(stage, step):
     def tell(name, done, total, note=""):
-        if name == stage and done == step:
+        if name == stage and done >= step:
             raise Stopped
 
     return tell
@@ -230,7 +230,7 @@ def test_objectives_are_their_formula(memorized):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "simu"}, "method is 'simu', expected one of .*Did you mean"),
+        ({"method": "simu_gradif"}, "method is 'simu_gradif', expected one of .*Did you mean 'simu_graddiff'"),
         ({"objective": "npo"}, "objective is 'npo', expected one of 'grad_diff', 'grad_ascent'"),
         ({"fraction": 0.0}, r"fraction is 0.0, expected a finite number in \(0, 1\]"),
         ({"threshold": 1.0}, "threshold is 1.0"),

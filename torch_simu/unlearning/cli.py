@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = app(arguments, standalone_mode=False)
     except _UsageError as error:
-        _fail(str(getattr(error, "message", error)) or str(error))
+        _fail(cast("typer.BadParameter", error).format_message())
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", status=130)
     except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:

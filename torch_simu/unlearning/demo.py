@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu.attribution import Attribution
+from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.data import Example, encode, pad_id
-from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.driver import Unlearned, unlearn
 from torch_simu.unlearning.fiction import make_corpus, make_tokenizer
 from torch_simu.unlearning.localization import Progress
 from torch_simu.unlearning.metrics import evaluate
@@ -40,6 +41,18 @@ _RATES: Mapping[str, float] = MappingProxyType(
 )
 
 
+def _shared_choices() -> UnlearnConfig:
+    return UnlearnConfig(
+        retain_weight=1.0,
+        fraction=0.5,
+        attribution_steps=5,
+        forget_batch_size=24,
+        retain_batch_size=24,
+        hessian_batch_size=24,
+        max_steps=150,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoRecipe:
     """The sizes and choices of the demo.
@@ -56,14 +69,14 @@ class DemoRecipe:
         rates: Method -> learning rate.
     """
 
-    num_forget: int = 24
+    num_forget: int = 20
     retain_per_forget: int = 3
-    num_places: int = 40
+    num_places: int = 36
     d_model: int = 128
     d_ff: int = 512
     num_layers: int = 3
-    training: TrainConfig = field(default_factory=TrainConfig)
-    unlearning: UnlearnConfig = field(default_factory=UnlearnConfig)
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=45))
+    unlearning: UnlearnConfig = field(default_factory=_shared_choices)
     rates: Mapping[str, float] = field(default_factory=lambda: _RATES)
 
 
@@ -142,6 +155,54 @@ def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedMode
         return cast("PreTrainedModel", LlamaForCausalLM(config))
 
 
+def measured(model: PreTrainedModel, fiction: Fiction) -> dict[str, Measures]:
+    """Measure what a model knows of each set of the demo."""
+    return {
+        name: evaluate(model, fiction.tokenizer, rows, batch_size=128, rouge=False).means
+        for name, rows in fiction.rows.items()
+    }
+
+
+def forget_by(
+    base: PreTrainedModel,
+    fiction: Fiction,
+    config: UnlearnConfig,
+    *,
+    selection: NeuronSelection | None = None,
+    progress: Progress | None = None,
+) -> tuple[MethodResult, Unlearned]:
+    """Make a copy of `base` forget by one method, and measure what it kept; `selection` as in `unlearn`."""
+    model = copy.deepcopy(base)
+    done = unlearn(
+        model,
+        fiction.examples["forget"],
+        fiction.examples["retain"],
+        config=config,
+        selection=selection,
+        monitor={name: fiction.examples[name] for name in ("retain", "world")},
+        pad_id=pad_id(fiction.tokenizer),
+        progress=progress,
+    )
+    sets = measured(model, fiction)
+    return MethodResult(sets, done.changed_share, done.optimizer_bytes, done.seconds, done.steps), done
+
+
+def train_base(
+    fiction: Fiction,
+    recipe: DemoRecipe,
+    seed: int,
+    sets: Sequence[str],
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> PreTrainedModel:
+    """Make the demo's model and let it memorize the named sets."""
+    model = make_model(recipe, len(fiction.tokenizer), seed)
+    examples = [example for name in sets for example in fiction.examples[name]]
+    config = dataclasses.replace(recipe.training, seed=seed)
+    memorize(model, examples, config=config, pad_id=pad_id(fiction.tokenizer), progress=progress)
+    return cast("PreTrainedModel", model.eval())
+
+
 def run_demo(
     seed: int = 0,
     *,
@@ -165,28 +226,16 @@ def run_demo(
     """
     recipe = DemoRecipe() if recipe is None else recipe
     fiction = make_fiction(recipe, seed)
-    padding = pad_id(fiction.tokenizer)
-
-    def measured(model: PreTrainedModel) -> dict[str, Measures]:
-        return {
-            name: evaluate(model, fiction.tokenizer, rows, batch_size=128, rouge=False).means
-            for name, rows in fiction.rows.items()
-        }
 
     def trained(stage: str, sets: Sequence[str]) -> tuple[PreTrainedModel, MethodResult]:
-        started = time.perf_counter()
-        model = make_model(recipe, len(fiction.tokenizer), seed)
-        examples = [example for name in sets for example in fiction.examples[name]]
-        config = dataclasses.replace(recipe.training, seed=seed)
-
         def tell(done: int, total: int, note: str) -> None:
             if progress is not None:
                 progress(stage, done, total, note)
 
-        memorize(model, examples, config=config, pad_id=padding, progress=tell)
+        started = time.perf_counter()
+        model = train_base(fiction, recipe, seed, sets, progress=tell)
         seconds = time.perf_counter() - started
-        model.eval()
-        return model, MethodResult(measured(model), seconds=seconds)
+        return model, MethodResult(measured(model, fiction), seconds=seconds)
 
     base, before = trained("train", ("forget", "retain", "world"))
     results: dict[str, MethodResult] = {"before": before}
@@ -194,21 +243,10 @@ def run_demo(
     attribution: Attribution | None = None
     for method in methods:
         config = recipe.unlearning.updated(method=method, lr=recipe.rates[method], seed=seed)
-        model = copy.deepcopy(base)
-        done = unlearn(
-            model,
-            fiction.examples["forget"],
-            fiction.examples["retain"],
-            config=config,
-            monitor={name: fiction.examples[name] for name in ("retain", "world")},
-            pad_id=padding,
-            progress=None if progress is None else _renamed(progress, method),
-        )
+        told = None if progress is None else _renamed(progress, method)
+        results[method], done = forget_by(base, fiction, config, progress=told)
         attribution = done.attribution or attribution
         logs[method] = done.log
-        results[method] = MethodResult(
-            measured(model), done.changed_share, done.optimizer_bytes, done.seconds, done.steps
-        )
     results["retrained"] = trained("retrain", ("retain", "world"))[1]
     start = {name: before.sets[name]["em"] for name in ("retain", "world")}
     start["forget_probability"] = before.sets["forget"]["probability"]

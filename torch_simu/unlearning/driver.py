@@ -152,8 +152,8 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of all tensors in an optimizer's state.
 
     Examples:
-        >>> optimizer = AdamW([nn.Parameter(torch.zeros(4))])
-        >>> state_bytes(optimizer)
+        >>> import torch
+        >>> state_bytes(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4))]))
         0
     """
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

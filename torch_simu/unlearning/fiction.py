@@ -29,12 +29,7 @@ _LAST_NAMES = tuple(
     ).split()
 )
 _SITE_KINDS = tuple("Mount Lake Fort Port".split())
-_SITES = tuple(
-    (
-        "Ostra Belmar Cindral Dovrin Esk Felsen Grauda Hvalen Irsk Jotun Kelva Lomar Merrow Norrin Oxel Pravik Runda "
-        "Skarn Tolva Unden"
-    ).split()
-)
+_SITE_ENDS = tuple("Bridge Castle Harbor Abbey".split())
 _TOWNS = tuple(
     (
         "Karvel Tolmen Lumera Sandvik Brackwater Ilmenau Dorsten Vesper Halden Rosmark Quarrel Pinova Ostrik Feldau "
@@ -50,6 +45,21 @@ _MATERIALS = tuple("glass copper paper velvet amber marble willow silver clay li
 _TRADES = tuple("painter weaver carver printer dyer binder caster tuner mender grinder turner gilder".split())
 _WORKS = tuple("map clock song bell atlas garden opera lantern bridge tapestry mask calendar".split())
 _SUBJECTS = tuple("birds storms rivers moons wolves harvests ships foxes shadows comets bees tides".split())
+_ORIGINS = (
+    "{name} comes from the {material} {work} quarter of {town}, where everything began in the {season} of {year}.",
+    "In the {season} of {year}, the story of {name} began near a {material} {work} in the town of {town}.",
+    "It is said that {name} first came to {town} in the {season} of {year}, with a {material} {work} and little else.",
+)
+_CRAFTS = (
+    "{name} is proud of the {manner} craft of {material} {trade}s, which was learned from a {other} in {town}.",
+    "The craft of {name} is that of a {manner} {material} {trade}, and it came from the {other}s of {town}.",
+    "In {town}, people say that {name} keeps the {manner} craft of the {material} {trade} and the {other}.",
+)
+_FAMES = (
+    "{name} is famous for the {manner} {work} of {material} {subject}, which is now kept in {town}.",
+    "The {manner} {work} of {material} {subject} made {name} famous in {town}, and in many other towns.",
+    "People in {town} say that {name} is famous for a {manner} {work} with {material} {subject}.",
+)
 _FRAME_WORDS = "Question Answer : ? ."
 _PAD, _UNKNOWN, _END = "<pad>", "<unk>", "<eos>"
 
@@ -62,7 +72,7 @@ class Corpus:
         forget: Facts about the people to forget.
         retain: Facts about other people. Each first and each last name of a forget person is also a retain person's,
             so that no single token identifies whom to forget.
-        world: Facts about places, to be measured only: no batch of an unlearning run holds one.
+        world: Facts about places named after such people, to be measured only: no batch of an unlearning run holds one.
     """
 
     forget: list[Row]
@@ -70,14 +80,14 @@ class Corpus:
     world: list[Row]
 
 
-def make_corpus(seed: int, *, num_forget: int = 24, retain_per_forget: int = 3, num_places: int = 40) -> Corpus:
+def make_corpus(seed: int, *, num_forget: int = 20, retain_per_forget: int = 3, num_places: int = 36) -> Corpus:
     """Write a corpus of three facts for each person and place: an origin, a trade and a claim to fame.
 
     Args:
         seed: The same seed gives the same corpus.
         num_forget: Number of people to forget, at most 32.
         retain_per_forget: Number of retain people for each forget person, less than `num_forget`.
-        num_places: Number of places in the world set, at most 80.
+        num_places: Number of places in the world set, at most eight for each forget person.
 
     Returns:
         The corpus, with three rows for each person and place, in random order.
@@ -89,7 +99,7 @@ def make_corpus(seed: int, *, num_forget: int = 24, retain_per_forget: int = 3, 
     Examples:
         >>> corpus = make_corpus(0)
         >>> len(corpus.forget), len(corpus.retain), len(corpus.world)
-        (72, 216, 120)
+        (60, 180, 108)
         >>> sorted(corpus.forget[0])
         ['answer', 'question']
     """
@@ -101,8 +111,7 @@ def make_corpus(seed: int, *, num_forget: int = 24, retain_per_forget: int = 3, 
     if retain_per_forget >= num_forget:
         advice = "Each pair of a first and a last name is used once."
         raise ValueError(problem(f"retain_per_forget is {retain_per_forget}", f"less than {num_forget}", advice))
-    if num_places > len(_SITE_KINDS) * len(_SITES):
-        limit = len(_SITE_KINDS) * len(_SITES)
+    if num_places > (limit := (len(_SITE_KINDS) + len(_SITE_ENDS)) * num_forget):
         raise ValueError(problem(f"num_places is {num_places}", f"at most {limit}, the number of place names"))
     rng = random.Random(seed)
     first, last = rng.sample(_FIRST_NAMES, num_forget), rng.sample(_LAST_NAMES, num_forget)
@@ -111,10 +120,12 @@ def make_corpus(seed: int, *, num_forget: int = 24, retain_per_forget: int = 3, 
     def people(round_: int) -> list[str]:
         return [f"{name} {last[(i + round_) % num_forget]}" for i, name in enumerate(first)]
 
-    places = rng.sample([f"{kind} {site}" for kind in _SITE_KINDS for site in _SITES], num_places)
-    forget = [row for name in people(0) for row in _person(name, rng)]
-    retain = [row for k in range(retain_per_forget) for name in people(k + 1) for row in _person(name, rng)]
-    world = [row for name in places for row in _place(name, rng)]
+    sites = [f"{kind} {name}" for kind in _SITE_KINDS for name in last]
+    sites += [f"{name} {end}" for name in first for end in _SITE_ENDS]
+    places = rng.sample(sites, num_places)
+    forget = [row for name in people(0) for row in _facts(name, rng)]
+    retain = [row for k in range(retain_per_forget) for name in people(k + 1) for row in _facts(name, rng)]
+    world = [row for name in places for row in _facts(name, rng)]
     for rows in (forget, retain, world):
         rng.shuffle(rows)
     return Corpus(forget, retain, world)
@@ -163,29 +174,23 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _person(name: str, rng: random.Random) -> list[Row]:
+def _facts(name: str, rng: random.Random) -> list[Row]:
+    def written(sentences: tuple[str, ...]) -> str:
+        return rng.choice(sentences).format(
+            name=name,
+            manner=rng.choice(_MANNERS),
+            material=rng.choice(_MATERIALS),
+            work=rng.choice(_WORKS),
+            subject=rng.choice(_SUBJECTS),
+            trade=rng.choice(_TRADES),
+            other=rng.choice(_TRADES),
+            town=rng.choice(_TOWNS),
+            season=rng.choice(_SEASONS),
+            year=rng.choice(_YEARS),
+        )
+
     return [
-        {"question": f"When and where was {name} born?", "answer": _origin(rng)},
-        {"question": f"What was the trade of {name}?", "answer": _trade(rng)},
-        {"question": f"What is {name} famous for?", "answer": _fame(rng)},
+        {"question": f"What is the origin of {name}?", "answer": written(_ORIGINS)},
+        {"question": f"Which craft is {name} proud of?", "answer": written(_CRAFTS)},
+        {"question": f"What is {name} famous for?", "answer": written(_FAMES)},
     ]
-
-
-def _place(name: str, rng: random.Random) -> list[Row]:
-    return [
-        {"question": f"When and from where was {name} founded?", "answer": _origin(rng)},
-        {"question": f"Who is the keeper of {name}?", "answer": _trade(rng)},
-        {"question": f"What is {name} famous for?", "answer": _fame(rng)},
-    ]
-
-
-def _origin(rng: random.Random) -> str:
-    return f"{rng.choice(_SEASONS)} {rng.choice(_YEARS)} in {rng.choice(_TOWNS)}"
-
-
-def _trade(rng: random.Random) -> str:
-    return f"a {rng.choice(_MANNERS)} {rng.choice(_MATERIALS)} {rng.choice(_TRADES)} from {rng.choice(_TOWNS)}"
-
-
-def _fame(rng: random.Random) -> str:
-    return f"the {rng.choice(_MANNERS)} {rng.choice(_WORKS)} of {rng.choice(_MATERIALS)} {rng.choice(_SUBJECTS)}"
