@@ -50,6 +50,7 @@ def _shared_choices() -> UnlearnConfig:
         retain_batch_size=24,
         hessian_batch_size=24,
         max_steps=150,
+        monitor_interval=10,
     )
 
 
