@@ -1,4 +1,4 @@
-"""Train a small model on TOFU rows, make it forget forget01 (40 rows) as `torch-simu unlearn` does, and say what it kept.
+"""Train a small model on TOFU rows, make it forget forget01 (40 rows) as `torch-simu unlearn` does, say what it kept.
 
 The model memorizes forget01, 160 retain rows and 117 world facts; world facts are in no batch of the unlearning. Needs
 the folder of TOFU's rows. Usage: python benchmarks/tofu.py --data ../shared/data/tofu --work tofu-work
