@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data import encode
 from torch_simu.unlearning.jobs import unlearn_job
+from torch_simu.unlearning.plots import plot_curves
 from torch_simu.unlearning.rows import load_rows
 from torch_simu.unlearning.training import TrainConfig, memorize
 
@@ -74,6 +75,19 @@ def prepare(data: Path, work: Path, seed: int) -> None:
     tokenizer.save_pretrained(work / "model")
 
 
+def plot(work: Path, seed: int, path: Path) -> None:
+    """Draw what every method keeps while it forgets, from the step logs in the work folder."""
+    logs, start = {}, {}
+    for method in RUNS:
+        folder = work / f"{method}_{seed}"
+        logs[method] = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        before = json.loads((folder / "report.json").read_text())["methods"]["before"]
+        start = {name: before[name]["em"] for name in ("retain", "world")}
+        start["forget_probability"] = before["forget"]["probability"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_curves(logs, path, sets=("retain", "world"), start=start, target=0.1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/tofu"))
@@ -81,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tofu_forget01_cpu_202611.json")
+    parser.add_argument("--plot", type=Path, help="PNG of the first seed's curves")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
@@ -108,6 +123,8 @@ def main() -> None:
         common=COMMON,
         training_seconds=round(training_seconds, 1),
     )
+    if options.plot is not None:
+        plot(options.work, options.seeds[0], options.plot)
 
 
 if __name__ == "__main__":
