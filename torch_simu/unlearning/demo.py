@@ -33,11 +33,11 @@ from torch_simu.unlearning.training import TrainConfig, memorize
 _RATES: Mapping[str, float] = MappingProxyType(
     {
         "fo_graddiff": 2e-4,
-        "so_graddiff": 5e-5,
-        "simu_graddiff": 5e-4,
-        "random_neurons": 5e-4,
-        "all_neurons": 2e-4,
-        "attention_only": 2e-4,
+        "so_graddiff": 1e-4,
+        "simu_graddiff": 1e-3,
+        "random_neurons": 1e-3,
+        "all_neurons": 4e-4,
+        "attention_only": 4e-4,
     }
 )
 
