@@ -48,7 +48,7 @@ def show_report(console: Console, report: Report) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for method, result in report.methods.items():
         cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
-        changed, state = f"{100 * result.changed_share:.2g} %", readable_bytes(result.optimizer_bytes)
+        changed, state = f"{100 * result.changed_share:.3g} %", readable_bytes(result.optimizer_bytes)
         table.add_row(method, *cells, changed, state, f"{result.seconds:.0f}")
     console.print(table)
     for note in report.notes:
