@@ -28,7 +28,7 @@ from torch_simu.unlearning.report import Measures, MethodResult, Report, write_l
 from torch_simu.unlearning.rows import Row, rows_from_records
 from torch_simu.unlearning.training import TrainConfig, memorize
 
-# Learning rate of each method, from trial runs on seeds 10 and 11, which the demo does not show;
+# Learning rate of each method, from a few trial runs on seeds that the demo does not show, not from an equal search;
 # benchmarks/demo_tuning.py searches a grid of equal size for each method.
 _RATES: Mapping[str, float] = MappingProxyType(
     {
