@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data import Example
 from torch_simu.unlearning.localization import Progress, localize
 from torch_simu.unlearning.objectives import Objective, make_objective
-from torch_simu.unlearning.scoring import score_answers
+from torch_simu.unlearning.scoring import mode, score_answers
 from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
 
 _EVAL_BATCH = 128
@@ -102,7 +101,7 @@ def unlearn(
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0
     try:
-        with _eval_mode(model):
+        with mode(model, training=False):
             saved = None
             if checkpoint is not None:
                 run = _fingerprint(model, forget, retain, config, objective, selection)
@@ -200,14 +199,3 @@ def _fingerprint(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training

@@ -169,22 +169,37 @@ def score_answers(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode without gradients, and restore each one's training flag afterwards.
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every submodule in training or eval mode, and restore each one's flag afterwards.
 
     Examples:
         >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
-        >>> with evaluating(model):
+        >>> with mode(model, training=False):
         ...     model[0].training
         False
         >>> model[0].training, model[1].training
         (True, False)
     """
     flags = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode without gradients, and restore each one's training flag afterwards.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> with evaluating(model):
+        ...     model.training, torch.is_grad_enabled()
+        (False, False)
+        >>> model.training
+        True
+    """
+    with mode(model, training=False), torch.no_grad():
+        yield

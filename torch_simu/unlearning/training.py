@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from torch_simu._checks import check_count, check_number, problem
 from torch_simu.unlearning.data import Batches, Example
 from torch_simu.unlearning.objectives import mean_answer_nll
-from torch_simu.unlearning.scoring import score_answers
+from torch_simu.unlearning.scoring import mode, score_answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,7 @@ def memorize(
         optimizer, lambda step: _warm_cosine(step, 2 * per_epoch, config.epochs * per_epoch)
     )
     em = 0.0
-    flags = {module: module.training for module in model.modules()}
-    model.train()
-    try:
+    with mode(model, training=True):
         for epoch in range(config.epochs):
             for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
                 batch = {name: tensor.to(model.device) for name, tensor in batches.batch(step).items()}
@@ -101,9 +99,6 @@ def memorize(
                 progress(epoch + 1, config.epochs, f"EM {em:.3f}")
             if em >= config.em_target:
                 break
-    finally:
-        for module, training in flags.items():
-            module.training = training
     return em
 
 
