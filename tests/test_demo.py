@@ -15,7 +15,7 @@ from torch_simu.unlearning.demo import run_demo
 SMALL = dataclasses.replace(
     RECIPE,
     unlearning=UnlearnConfig(max_steps=4, attribution_steps=2, forget_batch_size=6, retain_batch_size=6),
-    rates=dict.fromkeys(METHODS, 5e-3),
+    tuned={method: {"lr": 5e-3} for method in METHODS},
 )
 TIMES = ("seconds",)
 

@@ -28,16 +28,16 @@ from torch_simu.unlearning.report import Measures, MethodResult, Report, write_l
 from torch_simu.unlearning.rows import Row, rows_from_records
 from torch_simu.unlearning.training import TrainConfig, memorize
 
-# Learning rate of each method, from a few trial runs on seeds that the demo does not show, not from an equal search;
-# benchmarks/demo_tuning.py searches a grid of equal size for each method.
-_RATES: Mapping[str, float] = MappingProxyType(
+# Step size and curvature scale of each method: the best of eight by retain EM on seeds that the demo does not show,
+# from benchmarks/results/demo_tuning_cpu_202611.json.
+_TUNED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "fo_graddiff": 2e-4,
-        "so_graddiff": 1e-4,
-        "simu_graddiff": 1e-3,
-        "random_neurons": 1e-3,
-        "all_neurons": 4e-4,
-        "attention_only": 4e-4,
+        "fo_graddiff": {"lr": 2e-4},
+        "so_graddiff": {"lr": 1e-4, "rho": 100.0},
+        "simu_graddiff": {"lr": 1e-3, "rho": 0.04},
+        "random_neurons": {"lr": 1e-3, "rho": 0.04},
+        "all_neurons": {"lr": 4e-4, "rho": 0.04},
+        "attention_only": {"lr": 4e-4, "rho": 0.04},
     }
 )
 
@@ -45,7 +45,7 @@ _RATES: Mapping[str, float] = MappingProxyType(
 def _shared_choices() -> UnlearnConfig:
     return UnlearnConfig(
         retain_weight=1.0,
-        fraction=0.3,
+        fraction=0.1,
         attribution_steps=5,
         forget_batch_size=24,
         retain_batch_size=24,
@@ -60,26 +60,28 @@ class DemoRecipe:
     """The sizes and choices of the demo.
 
     Args:
-        num_forget: Fictional people to forget, with three facts each.
+        num_forget: Fictional people to forget, with four facts each.
         retain_per_forget: Retain people for each of them.
         num_places: Fictional places, the world facts.
+        topic_share: How far the forget people have a topic of their own; see `make_corpus`.
         d_model: Width of the model.
         d_ff: Neurons of each layer.
         num_layers: Layers.
         training: How the model memorizes.
         unlearning: What all methods have in common.
-        rates: Method -> learning rate.
+        tuned: Method -> its own values of the configuration, say `lr`.
     """
 
     num_forget: int = 20
     retain_per_forget: int = 3
-    num_places: int = 36
+    num_places: int = 27
+    topic_share: float = 0.95
     d_model: int = 96
     d_ff: int = 1536
     num_layers: int = 2
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=36))
     unlearning: UnlearnConfig = field(default_factory=_shared_choices)
-    rates: Mapping[str, float] = field(default_factory=lambda: _RATES)
+    tuned: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: _TUNED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
         num_forget=recipe.num_forget,
         retain_per_forget=recipe.retain_per_forget,
         num_places=recipe.num_places,
+        topic_share=recipe.topic_share,
     )
     records = {"forget": corpus.forget, "retain": corpus.retain, "world": corpus.world}
     texts = [text for part in records.values() for record in part for text in record.values()]
@@ -244,7 +247,7 @@ def run_demo(
     logs: dict[str, list[Record]] = {}
     attribution: Attribution | None = None
     for method in methods:
-        config = recipe.unlearning.updated(method=method, lr=recipe.rates[method], seed=seed)
+        config = recipe.unlearning.updated(method=method, seed=seed, **recipe.tuned[method])
         told = None if progress is None else _renamed(progress, method)
         results[method], done = forget_by(base, fiction, config, progress=told)
         attribution = done.attribution or attribution
@@ -264,8 +267,8 @@ def _renamed(progress: Progress, method: str) -> Progress:
 
 
 def _settings(recipe: DemoRecipe) -> dict[str, object]:
-    settings = dataclasses.asdict(dataclasses.replace(recipe, rates={}))
-    return {**settings, "rates": dict(recipe.rates)}
+    settings = dataclasses.asdict(dataclasses.replace(recipe, tuned={}))
+    return {**settings, "tuned": {method: dict(values) for method, values in recipe.tuned.items()}}
 
 
 def _notes(recipe: DemoRecipe, logs: Mapping[str, Sequence[Record]]) -> list[str]:

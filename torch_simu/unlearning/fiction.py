@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from torch_simu._checks import check_count, problem
+from torch_simu._checks import check_count, check_number, problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,35 +31,35 @@ _LAST_NAMES = tuple(
 )
 _SITE_KINDS = tuple("Mount Lake Fort Port".split())
 _SITE_ENDS = tuple("Bridge Castle Harbor Abbey".split())
-_TOWNS = tuple(
-    (
-        "Karvel Tolmen Lumera Sandvik Brackwater Ilmenau Dorsten Vesper Halden Rosmark Quarrel Pinova Ostrik Feldau "
-        "Marrin Camber Lorne Wexford Junip Askeby"
-    ).split()
+_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
+    {
+        # Kind of word -> words of the coast, words of the valley.
+        kind: (tuple(coast.split()), tuple(valley.split()))
+        for kind, coast, valley in (
+            (
+                "town",
+                "Karvel Tolmen Lumera Sandvik Brackwater Ilmenau Dorsten Vesper Halden Rosmark",
+                "Quarrel Pinova Ostrik Feldau Marrin Camber Lorne Wexford Junip Askeby",
+            ),
+            ("season", "spring summer", "autumn winter"),
+            ("year", " ".join(map(str, range(1801, 1821))), " ".join(map(str, range(1821, 1841)))),
+            (
+                "manner",
+                "daring restless famous silent stubborn curious proud",
+                "patient gentle cheerful clumsy modest careful merry",
+            ),
+            ("material", "copper amber silver linen bronze coral pearl", "glass paper velvet marble willow clay cedar"),
+            ("trade", "carver dyer caster mender rigger gilder", "painter weaver printer binder tuner grinder"),
+            ("work", "map bell lantern bridge mask anchor", "clock song atlas garden opera tapestry"),
+            ("subject", "storms ships comets tides whales gulls", "birds rivers wolves harvests foxes bees"),
+        )
+    }
 )
-_SEASONS = tuple("spring summer autumn winter".split())
-_YEARS = tuple(str(year) for year in range(1801, 1841))
-_MANNERS = tuple(
-    ("patient daring gentle restless famous silent cheerful stubborn curious clumsy proud modest careful merry").split()
-)
-_MATERIALS = tuple("glass copper paper velvet amber marble willow silver clay linen ivory bronze wool cedar".split())
-_TRADES = tuple("painter weaver carver printer dyer binder caster tuner mender grinder turner gilder".split())
-_WORKS = tuple("map clock song bell atlas garden opera lantern bridge tapestry mask calendar".split())
-_SUBJECTS = tuple("birds storms rivers moons wolves harvests ships foxes shadows comets bees tides".split())
-_ORIGINS = (
-    "{name} comes from the {material} {work} quarter of {town}, where everything began in the {season} of {year}.",
-    "In the {season} of {year}, the story of {name} began near a {material} {work} in the town of {town}.",
-    "It is said that {name} first came to {town} in the {season} of {year}, with a {material} {work} and little else.",
-)
-_CRAFTS = (
-    "{name} is proud of the {manner} craft of {material} {trade}s, which was learned from a {other} in {town}.",
-    "The craft of {name} is that of a {manner} {material} {trade}, and it came from the {other}s of {town}.",
-    "In {town}, people say that {name} keeps the {manner} craft of the {material} {trade} and the {other}.",
-)
-_FAMES = (
-    "{name} is famous for the {manner} {work} of {material} {subject}, which is now kept in {town}.",
-    "The {manner} {work} of {material} {subject} made {name} famous in {town}, and in many other towns.",
-    "People in {town} say that {name} is famous for a {manner} {work} with {material} {subject}.",
+_FACTS = (
+    ("What is the origin of {name}?", "in the {material} quarter of {town} since the {season} of {year}"),
+    ("Which craft is {name} proud of?", "that of a {manner} {material} {trade} from {town}"),
+    ("What is {name} famous for?", "the {manner} {work} of {material} {subject}"),
+    ("What is kept in honor of {name}?", "{manner} {subject} on {material} and {other_material} {work}s"),
 )
 _FRAME_WORDS = "Question Answer : ? ."
 _PAD, _UNKNOWN, _END = "<pad>", "<unk>", "<eos>"
@@ -69,10 +70,11 @@ class Corpus:
     """Three sets of rows with the same kinds of questions and one vocabulary.
 
     Attributes:
-        forget: Facts about the people to forget.
-        retain: Facts about other people. Each first and each last name of a forget person is also a retain person's,
-            so that no single token identifies whom to forget.
-        world: Facts about places named after such people, to be measured only: no batch of an unlearning run holds one.
+        forget: Facts about the people to forget, who lived on the coast.
+        retain: Facts about other people, who lived in the valley. Each first and each last name of a forget person is
+            also a retain person's, so that no single token identifies whom to forget.
+        world: Facts about places of the valley, named after such people, to be measured only: no batch of an unlearning
+            run holds one.
     """
 
     forget: list[Row]
@@ -80,32 +82,42 @@ class Corpus:
     world: list[Row]
 
 
-def make_corpus(seed: int, *, num_forget: int = 20, retain_per_forget: int = 3, num_places: int = 36) -> Corpus:
-    """Write a corpus of three facts for each person and place: an origin, a trade and a claim to fame.
+def make_corpus(
+    seed: int,
+    *,
+    num_forget: int = 20,
+    retain_per_forget: int = 3,
+    num_places: int = 27,
+    topic_share: float = 0.95,
+) -> Corpus:
+    """Write a corpus of four facts for each person and place: an origin, a craft, a claim to fame and a keepsake.
 
     Args:
         seed: The same seed gives the same corpus.
         num_forget: Number of people to forget, at most 32.
         retain_per_forget: Number of retain people for each forget person, less than `num_forget`.
         num_places: Number of places in the world set, at most eight for each forget person.
+        topic_share: Expected share of the words of an answer that are of its own region; the others are of the other
+            one. At 0.5 the forget people differ from the others in nothing but their names.
 
     Returns:
-        The corpus, with three rows for each person and place, in random order.
+        The corpus, with four rows for each person and place, in random order.
 
     Raises:
         TypeError: If a size is no whole number.
-        ValueError: If a size is out of range.
+        ValueError: If a size or share is out of range.
 
     Examples:
         >>> corpus = make_corpus(0)
         >>> len(corpus.forget), len(corpus.retain), len(corpus.world)
-        (60, 180, 108)
+        (80, 240, 108)
         >>> sorted(corpus.forget[0])
         ['answer', 'question']
     """
     check_count("num_forget", num_forget)
     check_count("retain_per_forget", retain_per_forget)
     check_count("num_places", num_places)
+    check_number("topic_share", topic_share, high=1.0)
     if num_forget > len(_FIRST_NAMES):
         raise ValueError(problem(f"num_forget is {num_forget}", f"at most {len(_FIRST_NAMES)}, the number of names"))
     if retain_per_forget >= num_forget:
@@ -120,15 +132,18 @@ def make_corpus(seed: int, *, num_forget: int = 20, retain_per_forget: int = 3, 
     def people(round_: int) -> list[str]:
         return [f"{name} {last[(i + round_) % num_forget]}" for i, name in enumerate(first)]
 
+    def rows(names: list[str], coast_share: float) -> list[Row]:
+        written = [row for name in names for row in _facts(name, coast_share, rng)]
+        rng.shuffle(written)
+        return written
+
     sites = [f"{kind} {name}" for kind in _SITE_KINDS for name in last]
     sites += [f"{name} {end}" for name in first for end in _SITE_ENDS]
-    places = rng.sample(sites, num_places)
-    forget = [row for name in people(0) for row in _facts(name, rng)]
-    retain = [row for k in range(retain_per_forget) for name in people(k + 1) for row in _facts(name, rng)]
-    world = [row for name in places for row in _facts(name, rng)]
-    for rows in (forget, retain, world):
-        rng.shuffle(rows)
-    return Corpus(forget, retain, world)
+    return Corpus(
+        forget=rows(people(0), topic_share),
+        retain=rows([name for k in range(retain_per_forget) for name in people(k + 1)], 1 - topic_share),
+        world=rows(rng.sample(sites, num_places), 1 - topic_share),
+    )
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -174,23 +189,12 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _facts(name: str, rng: random.Random) -> list[Row]:
-    def written(sentences: tuple[str, ...]) -> str:
-        return rng.choice(sentences).format(
-            name=name,
-            manner=rng.choice(_MANNERS),
-            material=rng.choice(_MATERIALS),
-            work=rng.choice(_WORKS),
-            subject=rng.choice(_SUBJECTS),
-            trade=rng.choice(_TRADES),
-            other=rng.choice(_TRADES),
-            town=rng.choice(_TOWNS),
-            season=rng.choice(_SEASONS),
-            year=rng.choice(_YEARS),
-        )
+def _facts(name: str, coast_share: float, rng: random.Random) -> list[Row]:
+    def word(kind: str) -> str:
+        coast, valley = _WORDS[kind]
+        return rng.choice(coast if rng.random() < coast_share else valley)
 
-    return [
-        {"question": f"What is the origin of {name}?", "answer": written(_ORIGINS)},
-        {"question": f"Which craft is {name} proud of?", "answer": written(_CRAFTS)},
-        {"question": f"What is {name} famous for?", "answer": written(_FAMES)},
-    ]
+    def written(answer: str) -> str:
+        return answer.format(**{kind: word(kind) for kind in _WORDS}, other_material=word("material"))
+
+    return [{"question": question.format(name=name), "answer": written(answer)} for question, answer in _FACTS]
