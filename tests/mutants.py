@@ -94,17 +94,17 @@ class UpdatesMomentumTwice(SIMUOptimizer):
 class ForgetsTheBatchFactor(SIMUOptimizer):
     """Squares the mean gradient without the number of positions behind the mean."""
 
-    def update_hessian(self, num_tokens, *, grad_scale=None):
-        super().update_hessian(1, grad_scale=grad_scale)
+    def update_hessian(self, num_tokens, *, grad_scale=None, last=True):
+        super().update_hessian(1, grad_scale=grad_scale, last=last)
 
 
 class SwapsTheBetas(SIMUOptimizer):
     """Averages the curvature with the momentum's decay."""
 
-    def update_hessian(self, num_tokens, *, grad_scale=None):
+    def update_hessian(self, num_tokens, *, grad_scale=None, last=True):
         for group in self.param_groups:
             group["betas"] = group["betas"][::-1]
-        super().update_hessian(num_tokens, grad_scale=grad_scale)
+        super().update_hessian(num_tokens, grad_scale=grad_scale, last=last)
         for group in self.param_groups:
             group["betas"] = group["betas"][::-1]
 
@@ -123,9 +123,9 @@ class SquaresEveryGradient(SIMUOptimizer):
 class FoldsCurvatureInLate(SIMUOptimizer):
     """Uses a refreshed curvature only from the next refresh on."""
 
-    def update_hessian(self, num_tokens, *, grad_scale=None):
+    def update_hessian(self, num_tokens, *, grad_scale=None, last=True):
         late = getattr(self, "_late", {})
-        super().update_hessian(num_tokens, grad_scale=grad_scale)
+        super().update_hessian(num_tokens, grad_scale=grad_scale, last=last)
         fresh = {param: state["hessian"].clone() for param, state in self.state.items()}
         for param, state in self.state.items():
             state["hessian"].copy_(late.get(param, torch.zeros_like(state["hessian"])))
@@ -149,15 +149,15 @@ class IsAlwaysDue(SIMUOptimizer):
 class ForgetsTheFiniteCheck(SIMUOptimizer):
     """Steps whatever the gradient is."""
 
-    def _finite(self, grads):
+    def _finite(self, entries):
         return True
 
 
 class ReplacesNaNByZero(SIMUOptimizer):
     """Steps on the finite rest of a gradient that is not finite."""
 
-    def _entries(self, number):
-        return (entry._replace(grad=entry.grad.nan_to_num(0.0, 0.0, 0.0)) for entry in super()._entries(number))
+    def _entries(self, number, grads=None):
+        return (entry._replace(grad=entry.grad.nan_to_num(0.0, 0.0, 0.0)) for entry in super()._entries(number, grads))
 
 
 class SkipsInSilence(SIMUOptimizer):

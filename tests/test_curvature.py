@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference import sampled_diagonal
-from tests.strategies import normal, seeds
+from tests.strategies import generator, normal, seeds
 from torch_simu import gauss_newton_loss
 from torch_simu.curvature import bartlett_diagonal, scored_logits
 
 
-@given(seeds, st.integers(1, 6))
+@given(seeds, st.integers(1, 3))
 def test_the_estimate_is_unbiased(seed, tokens):
     inputs, weight = normal(seed, tokens, 3), normal(seed + 1, 4, 3).requires_grad_()
-    draws = torch.Generator().manual_seed(seed)
+    logits = inputs @ weight.T
+    probabilities = logits.detach().softmax(-1)
+    expected = sampled_diagonal(inputs, logits.detach(), weight.detach())
     total = torch.zeros(4, 3)
-    for _ in range(600):
-        loss, num_tokens = gauss_newton_loss(inputs @ weight.T, torch.zeros(tokens, dtype=torch.long), generator=draws)
-        total += bartlett_diagonal(torch.autograd.grad(loss, weight)[0], num_tokens)
-    expected = sampled_diagonal(inputs, (inputs @ weight.T).detach(), weight.detach())
-    assert (total / 600 - expected).abs().le(0.35 * expected.max()).all()
-    assert (total / 600).mean() == pytest.approx(expected.mean().item(), rel=0.3)
+    # Every outcome of the draw with its probability, instead of many draws: exact, however rare a label is.
+    for drawn in itertools.product(range(4), repeat=tokens):
+        with mock.patch("torch_simu.curvature.torch.multinomial", return_value=torch.tensor(drawn)[:, None]):
+            loss, num_tokens = gauss_newton_loss(logits, torch.zeros(tokens, dtype=torch.long))
+        gradient = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+        total += probabilities[range(tokens), drawn].prod() * bartlett_diagonal(gradient, num_tokens)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_drawn_with_the_model_s_probabilities():
+    chances = torch.tensor([0.7, 0.2, 0.1])
+    with mock.patch("torch_simu.curvature.functional.cross_entropy") as loss:
+        gauss_newton_loss(
+            chances.log().expand(20_000, 3), torch.zeros(20_000, dtype=torch.long), generator=generator(0)
+        )
+    drawn = loss.call_args.args[1].bincount(minlength=3) / 20_000
+    torch.testing.assert_close(drawn, chances, rtol=0, atol=0.02)
 
 
 @given(seeds, st.integers(1, 3), st.integers(2, 5))

@@ -205,7 +205,8 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
 def test_diagnostics_count_unclipped_entries():
     param = nn.Parameter(torch.zeros(2))
     optimizer = SIMUOptimizer([param], betas=(0.0, 0.0), rho=1.0)
-    assert optimizer.diagnostics() == {"unclipped": [None], "skipped_steps": 0}
+    norms = {"momentum_norm": [0.0], "curvature_norm": [0.0]}
+    assert optimizer.diagnostics() == {"unclipped": [None], **norms, "skipped_steps": 0}
     param.grad = torch.tensor([2.0, 2.0])
     optimizer.step()
     param.grad = torch.tensor([1.0, 2.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -87,3 +89,58 @@ def bartlett_diagonal(grad: Tensor, num_tokens: int) -> Tensor:
         tensor([1., 4.])
     """
     return grad.square() * num_tokens
+
+
+def hutchinson_estimates(
+    loss: Tensor,
+    params: Sequence[Tensor],
+    gather: Callable[[Sequence[Tensor]], list[Tensor]],
+    *,
+    generator: torch.Generator | None = None,
+    num_probes: int = 1,
+) -> Iterator[list[Tensor]]:
+    r"""Yield estimates $u \odot (H u)$ of the diagonal of a Hessian, with $u$ of random signs.
+
+    Each is unbiased (Hutchinson 1989); their mean varies less. Entries that are not gathered are not probed, so that
+    they add no noise.
+
+    Args:
+        loss: A scalar whose graph is whole; it is used up.
+        params: What to differentiate by.
+        gather: From tensors shaped like `params` to their entries of interest.
+        generator: Source of the signs, on the device of `params`.
+        num_probes: How many estimates.
+
+    Yields:
+        Tensors aligned with what `gather` returns, in loss per squared unit of weight.
+
+    Raises:
+        RuntimeError: If the loss cannot be differentiated twice.
+
+    Examples:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> [estimate] = hutchinson_estimates((weight**3).sum(), [weight], list)
+        >>> estimate[0]
+        tensor([ 6., 12.])
+    """
+    try:
+        grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+        compact = gather(grads)
+        for number in range(num_probes):
+            signs = [
+                torch.randint(0, 2, each.shape, generator=generator, device=each.device).mul_(2).sub_(1).to(each.dtype)
+                for each in compact
+            ]
+            product = torch.stack([(sign * each).sum() for sign, each in zip(signs, compact, strict=True)]).sum()
+            more = number + 1 < num_probes
+            # A loss that is linear in the entries has no second derivative to ask for.
+            products = (
+                torch.autograd.grad(product, params, retain_graph=more, materialize_grads=True)
+                if product.requires_grad
+                else [torch.zeros_like(param) for param in params]
+            )
+            yield [(sign * each).detach() for sign, each in zip(signs, gather(products), strict=True)]
+    except RuntimeError as error:
+        wrong = f"The loss cannot be differentiated twice ({str(error).splitlines()[0]})"
+        advice = 'Load the model with attn_implementation="eager", or use gauss_newton_loss.'
+        raise RuntimeError(problem(wrong, "operations with second derivatives", advice)) from error

@@ -1,5 +1,6 @@
 """Step 2: the optimizer with sparse second-order state."""
 
+from torch_simu.optimizer.presets import soul
 from torch_simu.optimizer.simu import SIMUOptimizer
 
-__all__ = ["SIMUOptimizer"]
+__all__ = ["SIMUOptimizer", "soul"]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_simu._checks import check_count, check_number, problem
+from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu.neurons import NeuronSelection
+from torch_simu.optimizer.entries import NeuronDim, num_indices
 
 
 def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[dict[str, Any]]:
@@ -60,11 +61,13 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("eps", "clip"):
         check_number(name, options[name], low_open=True)
     check_count("hessian_interval", options["hessian_interval"])
-    if options["state_dtype"] not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(problem(f"state_dtype is {options['state_dtype']}", "torch.float32, float64 or bfloat16"))
+    check_choice("curvature", options["curvature"], ("gnb", "hutchinson", "squared_gradient"))
+    if options["state_dtype"] not in (torch.float32, torch.float64, torch.bfloat16, torch.uint8):
+        expected = "torch.float32, float64, bfloat16, or uint8 (8-bit blocks)"
+        raise ValueError(problem(f"state_dtype is {options['state_dtype']}", expected))
 
 
-def checked_neurons(params: list[Any], neurons: Any, dim: int) -> list[list[int] | None]:
+def checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[list[int] | None]:
     """Return `neurons` aligned with `params`, each sorted, without duplicates and within bounds."""
     if neurons is None:
         neurons = [None] * len(params)
@@ -79,9 +82,11 @@ def checked_neurons(params: list[Any], neurons: Any, dim: int) -> list[list[int]
         if chosen is None:
             checked.append(None)
             continue
-        if not -param.dim() <= dim < param.dim():
-            shape = tuple(param.shape)
-            raise ValueError(problem(f"neuron_dim is {dim}", f"a dimension of parameter {number}, {shape}"))
+        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        inside = all(isinstance(each, int) and -param.dim() <= each < param.dim() for each in dims)
+        if not dims or not inside or len({each % param.dim() for each in dims}) != len(dims):
+            expected = f"a dimension of parameter {number}, {tuple(param.shape)}, or a tuple of different ones"
+            raise ValueError(problem(f"neuron_dim is {dim}", expected))
         name = f"params[{number}]"
-        checked.append(NeuronSelection({name: chosen}, {name: max(1, param.shape[dim])})[name].tolist())
+        checked.append(NeuronSelection({name: chosen}, {name: max(1, num_indices(param.shape, dim))})[name].tolist())
     return checked

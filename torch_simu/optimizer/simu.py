@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from torch_simu._checks import check_number, problem
-from torch_simu.curvature import bartlett_diagonal
+from torch_simu._checks import check_count, check_number, problem
+from torch_simu.curvature import bartlett_diagonal, hutchinson_estimates
 from torch_simu.neurons import NeuronSelection
+from torch_simu.optimizer.entries import Entry, agreed, aligned, check_unsharded, local
+from torch_simu.optimizer.estimates import Estimates
 from torch_simu.optimizer.groups import check_options, checked_neurons, selected_groups
-from torch_simu.update import clipped_step_, clipped_step_foreach_, round_stochastically, unclipped_share
-
-_SHAPED_STATE = ("exp_avg", "hessian", "master")
-
-
-class _Entry(NamedTuple):
-    """One parameter in one step: where it is in the groups, and its compact gradient."""
-
-    param: Tensor
-    number: int
-    position: int
-    chosen: Tensor | None
-    dim: int
-    grad: Tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor if self.chosen is None else tensor.index_select(self.dim, self.chosen)
-
-    def write(self, value: Tensor) -> None:
-        if self.chosen is None:
-            self.param.copy_(value)
-        else:
-            self.param.index_copy_(self.dim, self.chosen, value)
+from torch_simu.optimizer.loading import aligned_params, check_loadable, restored
+from torch_simu.optimizer.reselection import reselected_groups, reselected_state
+from torch_simu.optimizer.stepping import fold, health, new_state, rounded_to, step_entries
+from torch_simu.optimizer.storage import check_blockwise
 
 
 class SIMUOptimizer(Optimizer):
@@ -55,7 +39,8 @@ class SIMUOptimizer(Optimizer):
     Args:
         params: Parameters; `model.named_parameters()`, then `selection` says which of their entries train; or groups
             with `params`, a list `neurons` aligned with it (per parameter: None = all, [] = none, or indices) and
-            `neuron_dim`, the dimension those indices count (default -1).
+            `neuron_dim`, the dimension those indices count (default -1), or a tuple of dimensions, which they count
+            together with the last one fastest: `(0, 2)` of fused experts counts expert after expert.
         lr: Step size $\eta$, the largest change of one entry per step when `clip` is 1; a float or one-element tensor.
         betas: Decay of the momentum and of the curvature.
         rho: Curvature scale $\rho$: larger clips less.
@@ -65,12 +50,16 @@ class SIMUOptimizer(Optimizer):
             Parameters of other layers do not train at all.
         clip: Bound $c$ of the ratio of momentum and curvature.
         hessian_interval: Steps between two refreshes of the curvature.
-        state_dtype: Dtype of momentum and curvature, whatever the weights' dtype.
+        state_dtype: Dtype of momentum and curvature, whatever the weights' dtype; `torch.uint8`, for whole parameters
+            only, keeps them as 8-bit blocks through bitsandbytes.
         master_weights: Keep a float32 copy of the selected entries, for bfloat16 and float16 weights.
         stochastic_rounding: Round updates of bfloat16 and float16 weights so that small ones survive on average.
         foreach: Step all parameters with fused kernels; None: on CUDA.
         maximize: Ascend instead of descend.
         capturable: Decide about non-finite gradients on the device, without a synchronization.
+        curvature: Where the curvature comes from: `update_hessian` after a backward of `gauss_newton_loss` ("gnb"),
+            `update_hutchinson` ("hutchinson"), or the square of each step's own gradient ("squared_gradient", the
+            empirical Fisher of other packages: explicit, because it is none).
 
     Raises:
         ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
@@ -106,6 +95,7 @@ class SIMUOptimizer(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        curvature: Literal["gnb", "hutchinson", "squared_gradient"] = "gnb",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -121,6 +111,7 @@ class SIMUOptimizer(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,
+            "curvature": curvature,
             "neuron_dim": -1,
             # Host counters in the groups, so that every way of saving and loading an optimizer carries them.
             "num_steps": 0,
@@ -150,12 +141,18 @@ class SIMUOptimizer(Optimizer):
         options = {**self.defaults, **group}
         check_options(options)
         group["neurons"] = checked_neurons(tensors, group.get("neurons"), options["neuron_dim"])
+        if options["state_dtype"] == torch.uint8:
+            check_blockwise({**group, "params": tensors})
         super().add_param_group(group)
 
     @property
     def hessian_due(self) -> bool:
         """Whether the curvature should be refreshed now: after step 1, then every `hessian_interval` steps."""
-        return any(group["num_steps"] >= group["next_refresh"] for group in self.param_groups)
+        return any(
+            group["num_steps"] >= group["next_refresh"]
+            for group in self.param_groups
+            if group["curvature"] != "squared_gradient"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -169,53 +166,127 @@ class SIMUOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse.
+            ValueError: If a distributed parameter is sharded along its neurons.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         entries = [list(self._entries(number)) for number in range(len(self.param_groups))]
-        finite = self._finite([entry.grad for entry in chain.from_iterable(entries)])
+        finite = self._finite(list(chain.from_iterable(entries)))
         if finite is False:
             self._say_skipped("step")
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
+            if group["curvature"] == "squared_gradient" and group["num_steps"] + 1 >= group["next_refresh"]:
+                for entry in group_entries:
+                    fold(group, self._state_of(group, entry), entry.grad.square(), finite)
+                group["next_refresh"] = group["num_steps"] + 1 + group["hessian_interval"]
             self._step_group(group, group_entries, finite)
             group["num_steps"] += 1
         return loss
 
     @torch.no_grad()
-    def update_hessian(self, num_tokens: int | Tensor, *, grad_scale: float | Tensor | None = None) -> None:
+    def update_hessian(
+        self, num_tokens: int | Tensor, *, grad_scale: float | Tensor | None = None, last: bool = True
+    ) -> None:
         r"""Refresh the curvature from `.grad`, which must hold the gradient of `gauss_newton_loss`.
 
         $h \leftarrow \beta_2 h + (1 - \beta_2) B \hat g^2$. Call it after `loss.backward()` of that loss with the
-        gradients zeroed before, and zero them again afterwards. Do not clip that gradient.
+        gradients zeroed before, and zero them again afterwards. Do not clip that gradient. Several micro-batches vary
+        less than one: call it after each, with the gradients zeroed in between, and with `last=False` on all but the
+        last; then $B \hat g^2$ is averaged over them, weighted by their positions.
 
         Args:
-            num_tokens: Number $B$ of positions behind the mean, as `gauss_newton_loss` returns it.
+            num_tokens: Number $B$ of positions behind the mean, as `gauss_newton_loss` returns it; over all processes,
+                where the gradient is that of a mean over all processes.
             grad_scale: Factor by which the loss was multiplied (a GradScaler's scale, say); None: 1.
+            last: Whether this is the last micro-batch of the refresh.
 
         Raises:
-            ValueError: If `num_tokens` or `grad_scale` is not positive.
+            ValueError: If `num_tokens` or `grad_scale` is not positive, or no group takes this curvature.
         """
         for name, value in (("num_tokens", num_tokens), ("grad_scale", grad_scale)):
             if value is not None and not isinstance(value, Tensor):
                 check_number(name, value, low_open=True)
-        entries = [list(self._entries(number)) for number in range(len(self.param_groups))]
-        finite = self._finite([entry.grad for entry in chain.from_iterable(entries)])
+        numbers = self._refreshed_by("gnb", "update_hessian")
+        entries = list(chain.from_iterable(self._entries(number) for number in numbers))
+        finite = self._finite(entries)
         if finite is False:
             self._say_skipped("refresh")
-            return
-        for group, group_entries in zip(self.param_groups, entries, strict=True):
-            for entry in group_entries:
-                hessian = self._state_of(group, entry)["hessian"]
-                grad = entry.grad if grad_scale is None else entry.grad / grad_scale
-                estimate = bartlett_diagonal(grad, cast("int", num_tokens))
-                current = hessian.to(grad.dtype)
-                if isinstance(finite, Tensor):
-                    estimate = torch.where(finite.to(grad.device), estimate, current)
-                hessian.copy_(current.lerp(estimate, 1 - group["betas"][1]))
-            group["next_refresh"] = group["num_steps"] + group["hessian_interval"]
+        for entry in entries if finite is not False else ():
+            grad = entry.grad if grad_scale is None else entry.grad / grad_scale
+            self._estimates.add(entry, bartlett_diagonal(grad, cast("int", num_tokens)), num_tokens, finite)
+        if last:
+            self._refresh(numbers)
+
+    def update_hutchinson(self, loss: Tensor, *, generator: torch.Generator | None = None, num_probes: int = 1) -> None:
+        r"""Refresh the curvature from a loss, by Hutchinson's estimator $u \odot (H u)$ with $u$ of random signs.
+
+        It differentiates the loss twice, by the selected entries only, and leaves `.grad` alone. Unlike
+        `gauss_newton_loss` it takes any loss; where it bends downwards the floor `eps` takes over.
+
+        Args:
+            loss: A scalar, not yet differentiated.
+            generator: Source of the signs, on the device of the parameters.
+            num_probes: How many estimates are averaged.
+
+        Raises:
+            ValueError: If no group takes this curvature, or a parameter is distributed.
+            RuntimeError: If the loss cannot be differentiated twice.
+        """
+        check_count("num_probes", num_probes)
+        numbers = self._refreshed_by("hutchinson", "update_hutchinson")
+        params = [param for number in numbers for param in self.param_groups[number]["params"] if param.requires_grad]
+        if any(isinstance(param, DTensor) for param in params):
+            advice = 'Use curvature="gnb", which needs one backward only.'
+            raise ValueError(problem("A parameter of update_hutchinson is distributed", "local ones", advice))
+
+        def entries(grads: Sequence[Tensor]) -> list[Entry]:
+            found = dict(zip(params, grads, strict=True))
+            return [entry for number in numbers for entry in self._entries(number, found)]
+
+        def gather(grads: Sequence[Tensor]) -> list[Tensor]:
+            return [entry.grad for entry in entries(grads)]
+
+        for found in hutchinson_estimates(loss, params, gather, generator=generator, num_probes=num_probes):
+            with torch.no_grad():
+                places = entries([param.detach() for param in params])
+                estimates = [entry._replace(grad=grad) for entry, grad in zip(places, found, strict=True)]
+                finite = self._finite(estimates)
+                if finite is False:
+                    self._say_skipped("refresh")
+                for entry in estimates if finite is not False else ():
+                    self._estimates.add(entry, entry.grad, 1, finite)
+        with torch.no_grad():
+            self._refresh(numbers)
+
+    @torch.no_grad()
+    def change_selection(self, selection: NeuronSelection, model: nn.Module) -> None:
+        """Train other neurons from now on: those in both keep their state, new ones start at zero, others lose it.
+
+        Parameters that train whole (the attention projections, say) are left as they are. The curvature is due for a
+        refresh at once.
+
+        Args:
+            selection: The neurons to train.
+            model: The model whose parameters this optimizer holds.
+
+        Raises:
+            ValueError: If the model holds none of the optimizer's parameters, or a layer trains whole already.
+        """
+        changed, added = reselected_groups(self.param_groups, selection, model)
+        for number, neurons in changed.items():
+            group = self.param_groups[number]
+            for param, old, new in zip(group["params"], group["neurons"], neurons, strict=True):
+                if new is not None and self.state.get(param):
+                    self.state[param] = reselected_state(self.state[param], param, old, new, group["neuron_dim"])
+            group["neurons"] = neurons
+            group["next_refresh"] = group["num_steps"]
+        for group in added:
+            self.add_param_group(group)
+        self._indices.clear()
+        self._estimates.clear()
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Any]:
@@ -223,18 +294,16 @@ class SIMUOptimizer(Optimizer):
 
         Returns:
             `unclipped`: per group, the share of entries whose step is not clipped (None before the first step; 0.1 to
-            0.5 is healthy, Liu et al. 2023). `skipped_steps`: how many steps a non-finite gradient stopped.
+            0.5 is healthy, Liu et al. 2023). `momentum_norm` and `curvature_norm`: per group, the Euclidean norms.
+            Of distributed parameters these are figures of this process's shards. `skipped_steps`: how many steps and
+            refreshes a non-finite gradient stopped.
         """
-        shares: list[float | None] = []
-        for group in self.param_groups:
-            weighted = [
-                (unclipped_share(*pair, rho=group["rho"], eps=group["eps"], clip=group["clip"]).item(), pair[0].numel())
-                for param in group["params"]
-                if (pair := self._moments(param)) is not None
-            ]
-            total = sum(count for _, count in weighted)
-            shares.append(sum(share * count for share, count in weighted) / total if total else None)
-        return {"unclipped": shares, "skipped_steps": int(self._skipped)}
+        figures = [
+            health(group, [state for param in group["params"] if (state := self.state.get(param))])
+            for group in self.param_groups
+        ]
+        columns = zip(("unclipped", "momentum_norm", "curvature_norm"), zip(*figures, strict=True), strict=True)
+        return {**{name: list(column) for name, column in columns}, "skipped_steps": int(self._skipped)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, keeping the state's dtype; continues bit-identically.
@@ -245,28 +314,34 @@ class SIMUOptimizer(Optimizer):
         self._check_loadable(state_dict)
         super().load_state_dict(cast("dict[str, Any]", state_dict))
         # The base class casts state to the parameter's dtype (pytorch issue 43706), which would round the curvature.
-        for saved_id, _, param in self._aligned(state_dict):
-            for key in _SHAPED_STATE:
-                if (value := state_dict["state"].get(saved_id, {}).get(key)) is not None:
-                    self.state[param][key] = value.detach().to(param.device, copy=True)
+        for saved_id, group, param, neurons in aligned_params(state_dict, self.param_groups):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                if key != "step":
+                    self.state[param][key] = restored(value, param, neurons, group["neuron_dim"])
+        self._estimates.clear()
 
     def _reset_caches(self) -> None:
         # (group, position, device) -> (the index list it was made from, the same on the device)
         self._indices: dict[tuple[int, int, torch.device], tuple[list[int], Tensor]] = {}
+        self._estimates = Estimates()
         self._skipped: int | Tensor = 0
 
-    def _entries(self, number: int) -> Iterator[_Entry]:
+    def _entries(self, number: int, grads: Mapping[Tensor, Tensor] | None = None) -> Iterator[Entry]:
         group = self.param_groups[number]
         for position, (param, neurons) in enumerate(zip(group["params"], group["neurons"], strict=True)):
-            if param.grad is None:
+            grad = param.grad if grads is None else grads.get(param)
+            if grad is None:
                 continue
-            if param.grad.layout != torch.strided:
+            if grad.layout != torch.strided:
                 raise RuntimeError(problem("A gradient is sparse", "dense gradients", "Use sparse=False."))
-            chosen = None if neurons is None else self._index(number, position, neurons, param.device)
-            entry = _Entry(param, number, position, chosen, group["neuron_dim"], param.grad)
+            chosen = None
+            if neurons is not None:
+                check_unsharded(param, group["neuron_dim"], f"Parameter {position} of group {number}")
+                chosen = self._index(number, position, neurons, local(param).device)
+            entry = Entry(param, number, position, chosen, group["neuron_dim"], grad)
             # Half precision is gathered first and widened then, so that no dense copy is ever made.
             wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-            yield entry._replace(grad=entry.gather(param.grad).to(wide))
+            yield entry._replace(grad=entry.gather(aligned(grad, param)).to(wide))
 
     def _index(self, number: int, position: int, neurons: list[int], device: torch.device) -> Tensor:
         key = (number, position, device)
@@ -275,12 +350,13 @@ class SIMUOptimizer(Optimizer):
             cached = self._indices[key] = (neurons, torch.tensor(neurons, dtype=torch.int64, device=device))
         return cached[1]
 
-    def _finite(self, grads: list[Tensor]) -> Tensor | bool:
+    def _finite(self, entries: list[Entry]) -> Tensor | bool:
         """Say whether all gradients are finite: a bool on the CPU, a scalar on the device where reading would wait."""
-        norms = [torch.linalg.vector_norm(grad, torch.inf) for grad in grads if grad.numel()]
-        if not norms:
-            return True
-        finite = torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).all()
+        norms = [torch.linalg.vector_norm(entry.grad, torch.inf) for entry in entries if entry.grad.numel()]
+        finite = torch.tensor(True)
+        if norms:
+            finite = torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).all()
+        finite = agreed(finite, entries)
         on_device = finite.is_cuda or any(group["capturable"] for group in self.param_groups)
         if on_device:
             self._skipped = self._skipped + (~finite).long()
@@ -291,85 +367,34 @@ class SIMUOptimizer(Optimizer):
         wrong = f"A selected gradient is not finite; this {what} changed nothing ({int(self._skipped)} so far)"
         warnings.warn(problem(wrong, "finite gradients", "Lower lr or check the loss."), RuntimeWarning, stacklevel=4)
 
-    def _state_of(self, group: dict[str, Any], entry: _Entry) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[entry.param]
-        if not state:
-            on_device = entry.param.device if group["capturable"] else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on_device)
-            state["exp_avg"] = torch.zeros_like(entry.grad, dtype=group["state_dtype"])
-            state["hessian"] = torch.zeros_like(entry.grad, dtype=group["state_dtype"])
-            if group["master_weights"] and entry.param.dtype in (torch.bfloat16, torch.float16):
-                state["master"] = entry.gather(entry.param).float().clone()
-        return state
+    def _state_of(self, group: dict[str, Any], entry: Entry) -> dict[str, Any]:
+        if not self.state[entry.param]:
+            self.state[entry.param] = new_state(group, entry)
+        return cast("dict[str, Any]", self.state[entry.param])
 
-    def _step_group(self, group: dict[str, Any], entries: list[_Entry], finite: Tensor | bool) -> None:
-        options: dict[str, Any] = {
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            **{name: group[name] for name in ("rho", "eps", "weight_decay", "clip")},
-        }
-        work: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for entry in entries:
-            state = self._state_of(group, entry)
-            weight = state["master"] if "master" in state else entry.gather(entry.param)
-            exp_avg, hessian = (state[key].to(entry.grad.dtype) for key in ("exp_avg", "hessian"))
-            grad = -entry.grad if group["maximize"] else entry.grad
-            if isinstance(finite, Tensor):
-                # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
-                grad = torch.where(finite.to(grad.device), grad, exp_avg)
-            work.append((weight.to(grad.dtype), grad, exp_avg, hessian))
-        if isinstance(finite, Tensor):
-            options["lr"] = finite * options["lr"]
-        foreach = group["foreach"] if group["foreach"] is not None else all(item[0].is_cuda for item in work)
-        one_kind = len({(item[0].device, item[0].dtype) for item in work}) == 1
-        if foreach and one_kind:
-            clipped_step_foreach_(*map(list, zip(*work, strict=True)), **options)
-        else:
-            for weight, grad, exp_avg, hessian in work:
-                clipped_step_(weight, grad, exp_avg, hessian, **options)
-        for entry, (weight, _, exp_avg, _) in zip(entries, work, strict=True):
-            state = self.state[entry.param]
-            state["exp_avg"].copy_(exp_avg)
-            state["step"] += 1 if finite is True else cast("Tensor", finite).to(state["step"].device)
-            if weight is not entry.param:
-                rounded = self._rounded(group, entry, weight)
-                if isinstance(finite, Tensor):
-                    # Another draw would move a weight that the step must leave alone.
-                    rounded = torch.where(finite.to(rounded.device), rounded, entry.gather(entry.param))
-                entry.write(rounded)
+    def _refreshed_by(self, curvature: str, method: str) -> list[int]:
+        numbers = [number for number, group in enumerate(self.param_groups) if group["curvature"] == curvature]
+        if not numbers:
+            wrong = f"{method} was called, and no group has curvature={curvature!r}"
+            raise ValueError(problem(wrong, "one that has", f"Make the optimizer with curvature={curvature!r}."))
+        return numbers
 
-    def _rounded(self, group: dict[str, Any], entry: _Entry, weight: Tensor) -> Tensor:
-        dtype = entry.param.dtype
-        if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
-            return weight.to(dtype)
-        # Seeded by what the checkpoint carries, so that a resumed run draws what the unbroken one would have drawn.
-        seed = group["num_steps"] * 1_000_003 + entry.number * 10_007 + entry.position
-        return round_stochastically(weight, dtype, torch.Generator(weight.device).manual_seed(seed))
+    def _refresh(self, numbers: list[int]) -> None:
+        taken = self._estimates.take()
+        for entry, mean, finite in taken:
+            group = self.param_groups[entry.number]
+            fold(group, self._state_of(group, entry), mean, finite)
+        # A refresh whose every gradient was not finite is still due.
+        for number in numbers if taken else ():
+            group = self.param_groups[number]
+            group["next_refresh"] = group["num_steps"] + group["hessian_interval"]
 
-    def _moments(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
-        state = self.state.get(param)
-        return (state["exp_avg"], state["hessian"]) if state and state["exp_avg"].numel() else None
+    def _step_group(self, group: dict[str, Any], entries: list[Entry], finite: Tensor | bool) -> None:
+        states = [self._state_of(group, entry) for entry in entries]
+        step_entries(group, entries, states, finite, lambda entry, weight: self._rounded(group, entry, weight))
 
-    def _aligned(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for saved_id, param in zip(saved["params"], group["params"], strict=False):
-                yield saved_id, group, param
+    def _rounded(self, group: dict[str, Any], entry: Entry, weight: Tensor) -> Tensor:
+        return rounded_to(group, entry, weight)
 
     def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
-        same_model = "Make the optimizer with the selection that the state was saved for."
-        for number, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-            for key in ("neurons", "neuron_dim"):
-                if saved.get(key) != group[key]:
-                    wrong = f"Group {number} of the saved state has other {key} than this optimizer"
-                    raise ValueError(problem(wrong, "the same selection", same_model))
-        positions = {id(param): place for place, (_, _, param) in enumerate(self._aligned(state_dict))}
-        neurons = list(chain.from_iterable(group["neurons"] for group in self.param_groups))
-        for saved_id, group, param in self._aligned(state_dict):
-            shape = list(param.shape)
-            if (chosen := neurons[positions[id(param)]]) is not None:
-                shape[group["neuron_dim"]] = len(chosen)
-            for key in _SHAPED_STATE:
-                value = state_dict["state"].get(saved_id, {}).get(key)
-                if value is not None and list(value.shape) != shape:
-                    wrong = f"The saved {key} of parameter {saved_id} has shape {tuple(value.shape)}"
-                    raise ValueError(problem(wrong, f"{tuple(shape)}", same_model))
+        check_loadable(state_dict, self.param_groups)

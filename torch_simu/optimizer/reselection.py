@@ -1,0 +1,83 @@
+"""Reselection: from the groups and the state of one selection to those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_simu._checks import problem
+from torch_simu.neurons import NeuronSelection
+from torch_simu.optimizer.entries import Entry, NeuronDim, local
+from torch_simu.optimizer.storage import SHAPED
+
+Neurons = list[list[int] | None]
+
+
+def reselected_groups(
+    groups: Sequence[Mapping[str, Any]], selection: NeuronSelection, model: nn.Module
+) -> tuple[dict[int, Neurons], list[dict[str, Any]]]:
+    """Return the new `neurons` of each group that has selected neurons, and groups of parameters not yet trained.
+
+    Raises:
+        ValueError: If the model holds none of the parameters, or a layer trains whole already.
+    """
+    held = {id(param) for param in model.parameters()}
+    ours = [param for group in groups for param in group["params"]]
+    if not any(id(param) in held for param in ours):
+        wrong = "The model holds none of the optimizer's parameters"
+        raise ValueError(problem(wrong, "the model that is trained", "Pass it as it is, not a copy."))
+    whole = [param for group in groups for param, old in _pairs(group) if old is None]
+    flags = [(param, param.requires_grad) for param in whole]
+    wanted: dict[Tensor, tuple[list[int], NeuronDim]] = {}
+    for group in selection.param_groups(model, attention="frozen"):
+        for param, neurons in _pairs(group):
+            wanted[param] = (cast("list[int]", neurons), cast("NeuronDim", group["neuron_dim"]))
+    for param, flag in flags:
+        param.requires_grad_(flag)
+    if any(param is each for each in whole for param in wanted):
+        wrong = "A layer of the selection trains whole in this optimizer"
+        raise ValueError(problem(wrong, "layers whose neurons are selected", "Make a new optimizer."))
+    changed = {
+        number: [None if old is None else wanted.pop(param, ([], None))[0] for param, old in _pairs(group)]
+        for number, group in enumerate(groups)
+        if any(old is not None for old in group["neurons"])
+    }
+    added = [{"params": [param], "neurons": [new], "neuron_dim": dim} for param, (new, dim) in wanted.items()]
+    return changed, added
+
+
+def reselected_state(
+    state: Mapping[str, Any], param: Tensor, old: Sequence[int], new: Sequence[int], dim: NeuronDim
+) -> dict[str, Any]:
+    """Return a parameter's state for other neurons: kept where they are in both, zero where they are new.
+
+    Master weights of new neurons are the parameter's own.
+    """
+    along = dim if isinstance(dim, int) else 0
+    place = {neuron: position for position, neuron in enumerate(old)}
+    kept = [position for position, neuron in enumerate(new) if neuron in place]
+    device = local(param).device
+
+    def indices(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    target, source = indices(kept), indices([place[new[position]] for position in kept])
+    entry = Entry(param, 0, 0, indices(new), dim, torch.empty(0, device=device))
+    weights = entry.gather(param)
+    result: dict[str, Any] = {"step": state["step"]}
+    for key in SHAPED:
+        if key in state:
+            before = local(state[key])
+            after = weights.to(before.dtype, copy=True)
+            if key != "master":
+                after.zero_()
+            after.index_copy_(along, target, before.index_select(along, source))
+            result[key] = entry.stored(after)
+    return result
+
+
+def _pairs(group: Mapping[str, Any]) -> list[tuple[Tensor, list[int] | None]]:
+    return list(zip(group["params"], group["neurons"], strict=True))

@@ -1,0 +1,61 @@
+"""How momentum and curvature are kept: as floats of any width, or as 8-bit blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torch_simu._checks import problem
+from torch_simu.int8 import BLOCK, read_blocks, require_bitsandbytes, write_blocks
+from torch_simu.optimizer.entries import Entry, local
+
+SHAPED = ("exp_avg", "hessian", "master")
+"""Keys of the state whose values have the compact shape."""
+
+_SCALES = "_absmax"
+
+
+def allocate(state: dict[str, Any], key: str, entry: Entry, dtype: torch.dtype) -> None:
+    """Put zeros of the compact shape into the state."""
+    zeros = torch.zeros_like(entry.grad, dtype=dtype, memory_format=torch.contiguous_format)
+    state[key] = entry.stored(zeros)
+    if dtype == torch.uint8:
+        state[key + _SCALES] = zeros.new_zeros(-(-zeros.numel() // BLOCK), dtype=torch.float32)
+        write(state, key, torch.zeros_like(entry.grad))
+
+
+def read(state: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    """Return the values of this process in the dtype of the computation; the stored tensor itself where it has it."""
+    value = local(state[key])
+    if value.dtype == torch.uint8 and value.numel():
+        value = read_blocks(value, state[key + _SCALES], signed=key == "exp_avg")
+    return value.to(dtype)
+
+
+def write(state: Mapping[str, Any], key: str, value: Tensor) -> None:
+    """Store the values of this process."""
+    stored = local(state[key])
+    if stored.dtype == torch.uint8 and stored.numel():
+        write_blocks(value, stored, state[key + _SCALES], signed=key == "exp_avg")
+    else:
+        # Onto itself this does nothing.
+        stored.copy_(value)
+
+
+def check_blockwise(group: Mapping[str, Any]) -> None:
+    """Raise unless every parameter of a group can have 8-bit state.
+
+    Raises:
+        ValueError: If neurons are selected, or a parameter is distributed.
+        ImportError: If bitsandbytes is not installed.
+    """
+    advice = "Use torch.float32 or torch.bfloat16 for this group."
+    if any(neurons is not None for neurons in group["neurons"]):
+        raise ValueError(problem("state_dtype is torch.uint8 for selected neurons", "whole parameters", advice))
+    if any(isinstance(param, DTensor) for param in group["params"]):
+        raise ValueError(problem("state_dtype is torch.uint8 for a distributed parameter", "local ones", advice))
+    require_bitsandbytes("state_dtype=torch.uint8")
