@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
@@ -224,6 +226,35 @@ class NeuronSelection(Mapping[str, Tensor]):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             wrong = f"File {str(path)!r} holds no consistent selection ({error})"
             raise ValueError(problem(wrong, "what NeuronSelection.save wrote", "The file is damaged.")) from None
+
+    @staticmethod
+    def broadcast(
+        selection: NeuronSelection | None, src: int = 0, group: dist.ProcessGroup | None = None
+    ) -> NeuronSelection:
+        """Return the selection of one process in all of them, so that none goes by scores that differ in a last bit.
+
+        Args:
+            selection: The selection in process `src`; ignored in the others.
+            src: Its global rank.
+            group: The processes; None: all.
+
+        Raises:
+            ValueError: If `src` has none.
+        """
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        content = b""
+        if dist.get_rank() == src and selection is not None:
+            neurons = {layer: list(selection._indices[layer]) for layer in selection}
+            content = json.dumps([neurons, dict(selection._num_neurons)]).encode()
+        length = torch.tensor([len(content)], device=device)
+        dist.broadcast(length, src, group=group)
+        if not length.item():
+            raise ValueError(problem(f"Process {src} has no selection to broadcast", "one", "Pass it there."))
+        received = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+        if content:
+            received.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(received, src, group=group)
+        return NeuronSelection(*json.loads(bytes(received.tolist())))
 
     def _combined(self, other: NeuronSelection, combine: Callable[[set[int], set[int]], set[int]]) -> NeuronSelection:
         if not isinstance(other, NeuronSelection):

@@ -32,12 +32,12 @@ from torch_simu.unlearning.training import TrainConfig, memorize
 # from benchmarks/results/demo_tuning_cpu_202611.json.
 _TUNED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "fo_graddiff": {"lr": 2e-4},
-        "so_graddiff": {"lr": 1e-4, "rho": 100.0},
-        "simu_graddiff": {"lr": 1e-3, "rho": 0.04},
-        "random_neurons": {"lr": 1e-3, "rho": 0.04},
-        "all_neurons": {"lr": 4e-4, "rho": 0.04},
-        "attention_only": {"lr": 4e-4, "rho": 0.04},
+        "fo_graddiff": {"lr": 7e-5},
+        "so_graddiff": {"lr": 5e-5, "rho": 100.0},
+        "simu_graddiff": {"lr": 1e-3, "rho": 100.0},
+        "random_neurons": {"lr": 5e-4, "rho": 0.04},
+        "all_neurons": {"lr": 1e-4, "rho": 0.04},
+        "attention_only": {"lr": 2e-4, "rho": 100.0},
     }
 )
 
