@@ -228,7 +228,7 @@ class TestErrors:
             ("weight_decay", -0.1, "weight_decay is -0.1"),
             ("hessian_interval", 0, "hessian_interval is 0"),
             ("hessian_interval", 1.5, "hessian_interval is 1.5 of type float"),
-            ("state_dtype", torch.int8, "state_dtype is torch.int8"),
+            ("state_dtype", torch.int8, "state_dtype is 'int8'"),
         ],
     )
     def test_options_out_of_bounds_are_refused(self, option, value, message):

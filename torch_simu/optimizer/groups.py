@@ -11,6 +11,15 @@ from torch import Tensor
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.entries import NeuronDim, num_indices
+from torch_simu.optimizer.storage import check_blockwise
+
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+"""Name -> dtype; groups hold the name, which every format of checkpoints knows."""
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return the name of a dtype: "float32" for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[dict[str, Any]]:
@@ -46,7 +55,29 @@ def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[d
     return list(groups.values())
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def checked_group(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group as the optimizer keeps it: options checked, neurons sorted and aligned with the parameters.
+
+    Raises:
+        ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
+        TypeError: If an option has a wrong type.
+    """
+    group = dict(param_group)
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    # A set has no order to align with; the base class refuses it with its own message.
+    group["params"] = params if isinstance(params, set) else list(params)
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+    if "state_dtype" in group:
+        group["state_dtype"] = dtype_name(group["state_dtype"])
+    options = {**defaults, **group}
+    _check_options(options)
+    group["neurons"] = _checked_neurons(tensors, group.get("neurons"), options["neuron_dim"])
+    if options["state_dtype"] == "uint8":
+        check_blockwise({**group, "params": tensors})
+    return group
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
     """Raise when a hyper-parameter of a group is out of bounds."""
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor):
@@ -62,12 +93,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         check_number(name, options[name], low_open=True)
     check_count("hessian_interval", options["hessian_interval"])
     check_choice("curvature", options["curvature"], ("gnb", "hutchinson", "squared_gradient"))
-    if options["state_dtype"] not in (torch.float32, torch.float64, torch.bfloat16, torch.uint8):
-        expected = "torch.float32, float64, bfloat16, or uint8 (8-bit blocks)"
-        raise ValueError(problem(f"state_dtype is {options['state_dtype']}", expected))
+    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES)
 
 
-def checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[list[int] | None]:
+def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[list[int] | None]:
     """Return `neurons` aligned with `params`, each sorted, without duplicates and within bounds."""
     if neurons is None:
         neurons = [None] * len(params)

@@ -17,11 +17,10 @@ from torch_simu.curvature import bartlett_diagonal, hutchinson_estimates
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.entries import Entry, agreed, aligned, check_unsharded, local
 from torch_simu.optimizer.estimates import Estimates
-from torch_simu.optimizer.groups import check_options, checked_neurons, selected_groups
+from torch_simu.optimizer.groups import checked_group, dtype_name, selected_groups
 from torch_simu.optimizer.loading import aligned_params, check_loadable, restored
 from torch_simu.optimizer.reselection import reselected_groups, reselected_state
 from torch_simu.optimizer.stepping import fold, health, new_state, rounded_to, step_entries
-from torch_simu.optimizer.storage import check_blockwise
 
 
 class SIMUOptimizer(Optimizer):
@@ -105,7 +104,7 @@ class SIMUOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "clip": clip,
             "hessian_interval": hessian_interval,
-            "state_dtype": state_dtype,
+            "state_dtype": dtype_name(state_dtype),
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "foreach": foreach,
@@ -133,17 +132,7 @@ class SIMUOptimizer(Optimizer):
         Raises:
             ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
         """
-        group = dict(param_group)
-        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        # A set has no order to align with; the base class refuses it with its own message.
-        group["params"] = params if isinstance(params, set) else list(params)
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        options = {**self.defaults, **group}
-        check_options(options)
-        group["neurons"] = checked_neurons(tensors, group.get("neurons"), options["neuron_dim"])
-        if options["state_dtype"] == torch.uint8:
-            check_blockwise({**group, "params": tensors})
-        super().add_param_group(group)
+        super().add_param_group(checked_group(param_group, self.defaults))
 
     @property
     def hessian_due(self) -> bool:
