@@ -132,6 +132,8 @@ def hutchinson_estimates(
                 for each in compact
             ]
             product = torch.stack([(sign * each).sum() for sign, each in zip(signs, compact, strict=True)]).sum()
+            if _has_dead_end(product):
+                raise RuntimeError("an operation defines its first derivative only")
             more = number + 1 < num_probes
             # A loss that is linear in the entries has no second derivative to ask for.
             products = (
@@ -144,3 +146,17 @@ def hutchinson_estimates(
         wrong = f"The loss cannot be differentiated twice ({str(error).splitlines()[0]})"
         advice = 'Load the model with attn_implementation="eager", or use gauss_newton_loss.'
         raise RuntimeError(problem(wrong, "operations with second derivatives", advice)) from error
+
+
+def _has_dead_end(tensor: Tensor) -> bool:
+    """Say whether a graph ends in a node that stands for a missing derivative, which autograd may take for zero."""
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ in ("Error", "DelayedError", "NotImplemented"):
+            return True
+        todo.extend(following for following, _ in node.next_functions)
+    return False
