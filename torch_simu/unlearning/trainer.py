@@ -134,17 +134,17 @@ class UnlearningTrainer(Trainer):
                 raise ValueError(problem(wrong, "'forget' and 'retain'", "Take ForgetRetainPairs as train_dataset."))
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        share = torch.ones(len(_UNITS))
-        if isinstance(num_items_in_batch, Tensor):
-            # The gradients of the processes are averaged, hence the factor.
-            counts = _counts(inputs).to(num_items_in_batch.device)
-            share = self.accelerator.num_processes * counts / num_items_in_batch
-        losses = [
-            share[_UNITS.index(term.mean_over)].to(term.loss.device) * term.weight * term.loss
-            for term in self.objective.terms(cast("PreTrainedModel", model), inputs["forget"], inputs["retain"])
-        ]
-        loss = torch.stack(losses).sum()
-        return (loss, {}) if return_outputs else loss
+        losses = []
+        for term in self.objective.terms(cast("PreTrainedModel", model), inputs["forget"], inputs["retain"]):
+            loss = term.weight * term.loss
+            if isinstance(num_items_in_batch, Tensor):
+                unit = _UNITS.index(term.mean_over)
+                here, everywhere = _counts(inputs)[unit].to(loss.device), num_items_in_batch[unit].to(loss.device)
+                # The gradients of the processes are averaged, hence the factor.
+                loss = loss * here * self.accelerator.num_processes / everywhere
+            losses.append(loss)
+        total = torch.stack(losses).sum()
+        return (total, {}) if return_outputs else total
 
 
 def _counts(batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
