@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,16 @@ Batch = Mapping[str, Tensor]
 
 
 class Term(NamedTuple):
-    """One summand of an objective: `weight * loss`, under a name for the log."""
+    """One summand of an objective: `weight * loss`, under a name for the log.
+
+    `mean_over` says what `loss` is a mean over, so that a step may be split into micro-batches: the scored tokens of
+    one of the batches, or the rows, each forget row paired with a retain row.
+    """
 
     name: str
     weight: float
     loss: Tensor
+    mean_over: Literal["forget tokens", "retain tokens", "pairs"] = "pairs"
 
 
 class Objective(Protocol):
@@ -67,7 +72,7 @@ class GradAscent:
 
     def terms(self, model: PreTrainedModel, forget: Batch, retain: Batch) -> Iterator[Term]:
         """Yield the negated loss of the forget batch."""
-        yield Term("forget", -1.0, mean_answer_nll(model, forget))
+        yield Term("forget", -1.0, mean_answer_nll(model, forget), "forget tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,8 @@ class GradDiff:
 
     def terms(self, model: PreTrainedModel, forget: Batch, retain: Batch) -> Iterator[Term]:
         """Yield the negated loss of the forget batch and the weighted loss of the retain batch."""
-        yield Term("forget", -1.0, mean_answer_nll(model, forget))
-        yield Term("retain", self.retain_weight, mean_answer_nll(model, retain))
+        yield Term("forget", -1.0, mean_answer_nll(model, forget), "forget tokens")
+        yield Term("retain", self.retain_weight, mean_answer_nll(model, retain), "retain tokens")
 
 
 _NAMED: Mapping[str, type[GradAscent] | type[GradDiff]] = MappingProxyType(
