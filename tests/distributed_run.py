@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_simu import NeuronSelection, SIMUOptimizer
+from torch_simu.unlearning.data import Example
+from torch_simu.unlearning.refresh import CurvatureRefresh
 
 WIDTH, NEURONS, CLASSES = 6, 7, 5
 SELECTION = NeuronSelection({"2": [0, 3, 6]}, {"2": NEURONS})
@@ -42,6 +46,16 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Eight rows and their labels."""
     draw = torch.Generator().manual_seed(step)
     return torch.randn(8, WIDTH, generator=draw), torch.randint(0, CLASSES, (8,), generator=draw)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A model of one layer."""
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
 
 
 def make_optimizer(model: nn.Module, **options) -> SIMUOptimizer:
@@ -252,6 +266,26 @@ def a_checkpoint_of_two_is_written(rank: int, folder: Path) -> None:
     dcp.save(state, checkpoint_id=folder / "two")
 
 
+def a_refresh_in_shards_equals_one_process(rank: int, folder: Path) -> None:
+    def run(shard: bool) -> tuple[nn.Module, SIMUOptimizer]:
+        model = tiny_llama()
+        layer = "model.layers.0.mlp.down_proj"
+        if shard:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        selection = NeuronSelection({layer: [0, 2, 5]}, {layer: 16})
+        optimizer = SIMUOptimizer(selection.param_groups(model, attention="frozen"), lr=1e-2, rho=1.0)
+        ids = torch.randint(1, 20, (5, 7), generator=torch.Generator().manual_seed(0))
+        rows = [Example(tuple(row[: 4 + n % 3]), tuple(row[: 4 + n % 3])) for n, row in enumerate(ids.tolist())]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        CurvatureRefresh(rows, batch_size=5, micro_batch_size=2).after_step(model, optimizer, 0)
+        return model, optimizer
+
+    model, optimizer = run(shard=True)
+    with mock.patch("torch_simu.unlearning.refresh._is_distributed", return_value=False):
+        assert_same(model, optimizer, *run(shard=False))
+
+
 def another_selection_keeps_the_state_of_common_neurons(rank: int, folder: Path) -> None:
     new = NeuronSelection({"2": [1, 3, 6]}, {"2": NEURONS})
     model, (single, theirs) = sharded(), one_process(3)
@@ -282,6 +316,7 @@ SCENARIOS = [
     native_state_dict_resumes,
     a_whole_state_is_taken_in_shards,
     a_checkpoint_of_two_is_written,
+    a_refresh_in_shards_equals_one_process,
     another_selection_keeps_the_state_of_common_neurons,
     the_selection_of_one_process_reaches_all,
 ]

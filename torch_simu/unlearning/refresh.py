@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -129,7 +130,8 @@ class CurvatureRefresh(TrainerCallback):
             (weight * self._summed_loss(model, share or rows[:1], step)).backward()
         if world > 1:
             for param in model.parameters():
-                if param.grad is not None:
+                # A gradient in shards is averaged already.
+                if param.grad is not None and not isinstance(param.grad, DTensor):
                     # Divided here, since gloo cannot average.
                     distributed.all_reduce(param.grad.div_(world))
         return num_tokens

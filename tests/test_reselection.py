@@ -1,0 +1,116 @@
+"""Another selection keeps the state of the neurons in both, and drops the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.strategies import normal, seeds
+from torch_simu import NeuronSelection, SIMUOptimizer
+
+SIZE = 6
+indices = st.sets(st.integers(0, SIZE - 1))
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, SIZE), nn.ReLU(), nn.Linear(SIZE, 4), nn.Linear(4, SIZE), nn.Linear(SIZE, 2)).to(
+        dtype
+    )
+
+
+def select(**neurons):
+    names = {"first": "2", "second": "4"}
+    return NeuronSelection({names[key]: value for key, value in neurons.items()}, {names[key]: SIZE for key in neurons})
+
+
+def train(model, optimizer, seed, steps):
+    for number in range(steps):
+        for place, param in enumerate(model.parameters()):
+            param.grad = (
+                normal(seed + 10 * number + place, *param.shape, dtype=param.dtype) if param.requires_grad else None
+            )
+        optimizer.step()
+        if optimizer.hessian_due:
+            optimizer.update_hessian(3)
+        optimizer.zero_grad()
+
+
+@given(indices, indices, seeds, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_state_follows_its_neuron(old, new, seed, dtype):
+    model = make_model(dtype)
+    optimizer = SIMUOptimizer(select(first=old).param_groups(model, attention="frozen"), lr=0.1, master_weights=True)
+    train(model, optimizer, seed, 3)
+    weight = model[2].weight
+    # The oracle: dense tensors with zeros, or the weight itself, off the old selection.
+    before = {}
+    for key, value in optimizer.state[weight].items():
+        if key != "step":
+            before[key] = weight.detach().float().clone() if key == "master" else torch.zeros(4, SIZE)
+            before[key][:, sorted(old)] = value
+            kept = torch.zeros(SIZE, dtype=torch.bool)
+            kept[sorted(old & new)] = True
+            before[key] = torch.where(kept, before[key], weight.detach().float() if key == "master" else 0.0)
+    optimizer.change_selection(select(first=new), model)
+    for key, dense in before.items():
+        value = optimizer.state[weight][key]
+        assert value.dtype == torch.float32
+        assert torch.equal(value, dense[:, sorted(new)])
+    assert optimizer.hessian_due
+    frozen = weight.detach().clone()
+    train(model, optimizer, seed + 1000, 2)
+    changed = (weight != frozen).any(0).nonzero()[:, 0].tolist()
+    assert set(changed) <= new
+    assert new == set(changed) or dtype != torch.float32
+
+
+def test_the_same_selection_changes_no_state():
+    models = [make_model() for _ in range(2)]
+    runs = [(model, SIMUOptimizer(select(first=[1, 4]).param_groups(model, attention="frozen"))) for model in models]
+    for run in runs:
+        train(*run, 0, 3)
+    runs[0][1].change_selection(select(first=[1, 4]), models[0])
+    # Only the refresh comes earlier; without refreshes the runs are the same.
+    for model, optimizer in runs:
+        optimizer.param_groups[0]["next_refresh"] = 10**6
+        train(model, optimizer, 100, 3)
+    assert torch.equal(models[0][2].weight, models[1][2].weight)
+
+
+def test_layers_come_and_go():
+    model = make_model()
+    optimizer = SIMUOptimizer(select(first=[1, 4]).param_groups(model, attention="frozen"), lr=0.1)
+    train(model, optimizer, 0, 2)
+    optimizer.change_selection(select(second=[0, 5]), model)
+    assert [param.requires_grad for param in (model[2].weight, model[4].weight)] == [False, True]
+    assert optimizer.state[model[2].weight]["exp_avg"].numel() == 0
+    frozen = model[2].weight.detach().clone()
+    before = model[4].weight.detach().clone()
+    train(model, optimizer, 50, 2)
+    assert torch.equal(model[2].weight, frozen)
+    assert (model[4].weight != before).any(0).nonzero()[:, 0].tolist() == [0, 5]
+
+
+def test_parameters_that_train_whole_go_on():
+    model = make_model()
+    groups = select(first=[1]).param_groups(model, attention="frozen")
+    model[3].weight.requires_grad_(True)
+    optimizer = SIMUOptimizer([*groups, {"params": [model[3].weight]}], lr=0.1)
+    train(model, optimizer, 0, 2)
+    momentum = optimizer.state[model[3].weight]["exp_avg"].clone()
+    optimizer.change_selection(select(first=[2]), model)
+    assert model[3].weight.requires_grad
+    assert torch.equal(optimizer.state[model[3].weight]["exp_avg"], momentum)
+
+
+def test_what_cannot_be_changed_is_refused():
+    model = make_model()
+    optimizer = SIMUOptimizer(select(first=[1]).param_groups(model, attention="frozen"))
+    with pytest.raises(ValueError, match="The model holds none of the optimizer's parameters"):
+        optimizer.change_selection(select(first=[2]), make_model())
+    whole = SIMUOptimizer([model[2].weight])
+    with pytest.raises(ValueError, match="A layer of the selection trains whole in this optimizer"):
+        whole.change_selection(select(first=[2]), model)
