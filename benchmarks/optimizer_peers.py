@@ -114,8 +114,13 @@ def sophia_h(problem: Problem) -> Optimizer:
     from pytorch_optimizer import SophiaH
 
     optimizer = SophiaH(problem.weights, lr=1e-4, update_period=UNLIMITED)
+    grads = [weight.grad for weight in problem.weights]
+    # Its first step always makes the pass, for which the gradient needs a graph.
     for weight in problem.weights:
-        optimizer.state[weight]["hessian"] = torch.zeros_like(weight)
+        weight.grad = torch.autograd.grad(weight.square().sum(), weight, create_graph=True)[0]
+    optimizer.step()
+    for weight, grad in zip(problem.weights, grads, strict=True):
+        weight.grad = grad
     return optimizer
 
 
@@ -155,8 +160,7 @@ def limits(problem: Problem) -> dict[str, Step]:
     @torch.no_grad()
     def columns() -> None:
         for weight, chosen in pairs:
-            weight.grad.index_select(-1, chosen)
-            weight.index_copy_(-1, chosen, weight.index_select(-1, chosen))
+            weight.index_add_(-1, chosen, weight.grad.index_select(-1, chosen))
 
     @torch.no_grad()
     def whole() -> None:

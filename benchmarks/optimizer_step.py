@@ -79,14 +79,10 @@ def main() -> None:
             rows += measured(name, fraction, options.device, dtype, options.repeats)
     medians = {(row["size"], row["fraction"], row["optimizer"]): row["median"] for row in rows if "median" in row}
     ratios = [
-        {"size": size, "fraction": fraction, "optimizer": label, "times_simu": round(value / medians[key], 2)}
+        {"size": size, "fraction": fraction, "optimizer": label, "over": ours, "ratio": round(value / medians[key], 2)}
         for (size, fraction, label), value in medians.items()
-        if (key := (size, fraction, "simu")) in medians
-    ]
-    compact = [
-        {"size": size, "fraction": fraction, "optimizer": label, "times_simu_compact": round(value / medians[key], 2)}
-        for (size, fraction, label), value in medians.items()
-        if (key := (size, fraction, "simu_compact")) in medians
+        for ours in ("simu", "simu_compact")
+        if (key := (size, fraction, ours)) in medians and label != ours
     ]
     out = options.out or Path(__file__).parent / "results" / f"optimizer_step_{options.device}_202611.json"
     write_result(
@@ -99,7 +95,6 @@ def main() -> None:
         seeds=[0],
         rows=rows,
         ratios=ratios,
-        ratios_compact=compact,
     )
 
 

@@ -53,6 +53,17 @@ class Entry(NamedTuple):
         else:
             param.movedim(self.dim, tuple(range(len(self.dim))))[self._coordinates(param)] = value
 
+    @property
+    def addable(self) -> bool:
+        """Whether `add` knows how to."""
+        return self.chosen is not None and isinstance(self.dim, int)
+
+    def add(self, value: Tensor) -> None:
+        """Add to the selected entries of this process's shard of the parameter."""
+        assert self.chosen is not None
+        assert isinstance(self.dim, int)
+        local(self.param).index_add_(self.dim, self.chosen, value)
+
     def stored(self, compact: Tensor) -> Tensor:
         """Return a compact tensor of this process as the state keeps it: sharded like the parameter."""
         if not isinstance(self.param, DTensor):
