@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -58,7 +59,7 @@ def tiny_llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def make_optimizer(model: nn.Module, **options) -> SIMUOptimizer:
+def make_optimizer(model: nn.Module, implementation: type[SIMUOptimizer] = SIMUOptimizer, **options) -> SIMUOptimizer:
     """Selected neurons of the last layer, and the first layer whole."""
     weight, first = model.get_parameter("2.weight"), model.get_parameter("0.weight")
     model.requires_grad_(False)
@@ -68,7 +69,7 @@ def make_optimizer(model: nn.Module, **options) -> SIMUOptimizer:
     ]
     for group in groups:
         group["params"][0].requires_grad_(True)
-    return SIMUOptimizer(groups, lr=0.02, rho=1.0, hessian_interval=2, **options)
+    return implementation(groups, lr=0.02, rho=1.0, hessian_interval=2, **options)
 
 
 def train(model: nn.Module, optimizer: SIMUOptimizer, start: int, stop: int, part: slice = slice(None)) -> None:
@@ -126,9 +127,9 @@ def ddp_equals_one_process(rank: int, folder: Path) -> None:
     assert_same(model, optimizer, *one_process())
 
 
-def fsdp2_equals_one_process(rank: int, folder: Path) -> None:
+def fsdp2_equals_one_process(rank: int, folder: Path, implementation: type[SIMUOptimizer] = SIMUOptimizer) -> None:
     model = sharded()
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, implementation)
     train(model, optimizer, 0, 5, half(rank))
     assert_same(model, optimizer, *one_process())
     state = optimizer.state[model.get_parameter("2.weight")]["exp_avg"]
@@ -149,9 +150,11 @@ def mixed_precision_leaves_unselected_weights(rank: int, folder: Path) -> None:
     torch.testing.assert_close(after, expected.detach(), rtol=0, atol=5 * 0.02)
 
 
-def a_bad_shard_stops_every_process(rank: int, folder: Path) -> None:
+def a_bad_shard_stops_every_process(
+    rank: int, folder: Path, implementation: type[SIMUOptimizer] = SIMUOptimizer
+) -> None:
     model = sharded()
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, implementation)
     train(model, optimizer, 0, 2, half(rank))
     before = {name: whole(param.detach()).clone() for name, param in model.named_parameters()}
     inputs, labels = batch(7)
@@ -161,8 +164,10 @@ def a_bad_shard_stops_every_process(rank: int, folder: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()
+    # Gathered before anything is asserted: a process that stopped here would leave the other one waiting.
+    after = {name: whole(param.detach()) for name, param in model.named_parameters()}
     assert any("not finite" in str(warning.message) for warning in caught)
-    assert all(torch.equal(whole(param.detach()), before[name]) for name, param in model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
     assert optimizer.diagnostics()["skipped_steps"] == 1
 
 
@@ -298,6 +303,46 @@ def another_selection_keeps_the_state_of_common_neurons(rank: int, folder: Path)
     assert_same(model, optimizer, single, theirs)
 
 
+class DecidesAlone(SIMUOptimizer):
+    """Looks for non-finite gradients in its own shard only."""
+
+    def _finite(self, entries):
+        with mock.patch("torch_simu.optimizer.simu.agreed", side_effect=lambda finite, entries: finite):
+            return super()._finite(entries)
+
+
+class CountsItsOwnTokens(SIMUOptimizer):
+    """Scales the curvature by the tokens of one process."""
+
+    def update_hessian(self, num_tokens, **options):
+        super().update_hessian(num_tokens // 2, **options)
+
+
+class StepsOnItsOwnPart(SIMUOptimizer):
+    """Multiplies the step by the number of processes, as if gradients were sums."""
+
+    def _step_group(self, group, entries, finite):
+        super()._step_group({**group, "lr": group["lr"] * dist.get_world_size()}, entries, finite)
+
+
+def mutants_break_the_law(rank: int, folder: Path) -> None:
+    for law, mutant in (
+        (a_bad_shard_stops_every_process, DecidesAlone),
+        (fsdp2_equals_one_process, CountsItsOwnTokens),
+        (fsdp2_equals_one_process, StepsOnItsOwnPart),
+    ):
+        try:
+            law(rank, folder, mutant)
+        except AssertionError:
+            broken = True
+        else:
+            broken = False
+        # One process alone may be in the right: the mutant is found if any is not.
+        found = torch.tensor(int(broken))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        assert found.item(), f"{mutant.__name__} was not found by {law.__name__}"
+
+
 def the_selection_of_one_process_reaches_all(rank: int, folder: Path) -> None:
     received = NeuronSelection.broadcast(SELECTION if rank == 0 else None)
     assert received == SELECTION
@@ -319,6 +364,7 @@ SCENARIOS = [
     a_refresh_in_shards_equals_one_process,
     another_selection_keeps_the_state_of_common_neurons,
     the_selection_of_one_process_reaches_all,
+    mutants_break_the_law,
 ]
 
 
@@ -326,9 +372,8 @@ def main() -> None:
     """Run every scenario, and write what went wrong in each."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=int(os.environ["RANK"]), world_size=2
-    )
+    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=int(os.environ["RANK"]), world_size=2, timeout=limit)
     rank = dist.get_rank()
     outcomes = {}
     for scenario in SCENARIOS:

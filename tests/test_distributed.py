@@ -38,7 +38,7 @@ def run(tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
+        output = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

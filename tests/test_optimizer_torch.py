@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler
 
 from tests.strategies import normal, seeds
-from torch_simu import SIMUOptimizer
+from torch_simu import NeuronSelection, SIMUOptimizer
 
 VARIANTS = {
     "plain": {},
@@ -156,6 +156,25 @@ def test_how_groups_are_split_does_not_matter():
     train(together, first)
     train(apart, second)
     assert_equal(together, apart)
+
+
+def test_a_tied_weight_is_one_parameter_with_one_state():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    lone = nn.Parameter(model[0].weight.detach().clone())
+    selection = NeuronSelection({"0": [1, 3]}, {"0": 4})
+    tied = SIMUOptimizer(model.named_parameters(), lr=0.1, selection=selection)
+    other = SIMUOptimizer([{"params": [lone], "neurons": [[1, 3]]}], lr=0.1)
+    inputs = torch.randn(5, 4)
+    for _ in range(3):
+        model(inputs).square().sum().backward()
+        (torch.tanh(inputs @ lone.T) @ lone.T).square().sum().backward()
+        for optimizer in (tied, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model[2].weight, lone)
+    assert len(tied.state) == 1
 
 
 SCHEDULERS = {
