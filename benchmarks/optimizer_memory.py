@@ -7,10 +7,11 @@ Usage: python benchmarks/optimizer_memory.py [--sizes bar demo olmo_1b llama2_7b
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,11 +19,25 @@ from optimizer_peers import PEERS, SIZES, Problem, state_bytes
 from results import environment, write_result
 
 
-def peak(device: str) -> int:
-    """Largest number of bytes that this process has held so far."""
+def resident(field: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most since the last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of(steps: Callable[[], None], device: str) -> int:
+    """Bytes held at most during some steps, over those held before."""
+    gc.collect()
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        steps()
+        return torch.cuda.max_memory_allocated() - before
+    # Linux starts its record of the largest size anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    steps()
+    return resident("VmHWM") - before
 
 
 def alone(name: str, fraction: float, peer: str, device: str) -> dict[str, object]:
@@ -33,14 +48,18 @@ def alone(name: str, fraction: float, peer: str, device: str) -> dict[str, objec
     # Libraries allocate at their first use, which is not the step's.
     small = Problem(SIZES["demo"], 1, 0.5, device, torch.float32)
     PEERS[peer](small).step()
-    before = peak(device)
-    optimizer = PEERS[peer](problem)
-    for _ in range(3):
-        optimizer.step()
+    kept = []
+
+    def steps() -> None:
+        kept.append(PEERS[peer](problem))
+        for _ in range(3):
+            kept[0].step()
+
+    peak = peak_of(steps, device)
     return {
-        "state_bytes": state_bytes(optimizer),
+        "state_bytes": state_bytes(kept[0]),
         "bytes_of_two_compact_moments": 2 * 4 * problem.selected,
-        "peak_over_weights_and_gradients": peak(device) - before,
+        "peak_over_weights_and_gradients": peak,
         "bytes_of_weights": sum(weight.numel() * weight.element_size() for weight in problem.weights),
     }
 

@@ -116,3 +116,13 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?:\n\n|\Z)", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_tables_are_those_of_the_result_files(page: Path) -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["TABLES"]
+    for name, shown in TABLE.findall(page.read_text()):
+        assert shown.strip().splitlines() == list(tables[name]()), f"run python benchmarks/tables.py, table {name}"

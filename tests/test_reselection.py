@@ -114,3 +114,13 @@ def test_what_cannot_be_changed_is_refused():
     whole = SIMUOptimizer([model[2].weight])
     with pytest.raises(ValueError, match="A layer of the selection trains whole in this optimizer"):
         whole.change_selection(select(first=[2]), model)
+    with pytest.raises(TypeError, match="selection is of type str, expected a NeuronSelection"):
+        optimizer.change_selection("2", model)
+    with pytest.raises(TypeError, match="model is of type NoneType, expected a Module"):
+        optimizer.change_selection(select(first=[2]), None)
+
+
+def test_a_state_without_its_parts_is_refused():
+    optimizer = SIMUOptimizer([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=r"The state has no \['param_groups'\], expected what state_dict\(\) returned"):
+        optimizer.load_state_dict({"state": {}})

@@ -31,6 +31,8 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
     Raises:
         ValueError: If it was.
     """
+    if missing := {"state", "param_groups"} - set(state_dict):
+        raise ValueError(problem(f"The state has no {sorted(missing)}", "what state_dict() returned"))
     for number, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):
         for key in ("neurons", "neuron_dim"):
             if saved.get(key) != group[key]:

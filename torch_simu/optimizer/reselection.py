@@ -23,7 +23,11 @@ def reselected_groups(
 
     Raises:
         ValueError: If the model holds none of the parameters, or a layer trains whole already.
+        TypeError: If `selection` or `model` is something else.
     """
+    for name, value, kind in (("selection", selection, NeuronSelection), ("model", model, nn.Module)):
+        if not isinstance(value, kind):
+            raise TypeError(problem(f"{name} is of type {type(value).__name__}", f"a {kind.__name__}"))
     held = {id(param) for param in model.parameters()}
     ours = [param for group in groups for param in group["params"]]
     if not any(id(param) in held for param in ours):

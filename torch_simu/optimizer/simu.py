@@ -263,6 +263,7 @@ class SIMUOptimizer(Optimizer):
 
         Raises:
             ValueError: If the model holds none of the optimizer's parameters, or a layer trains whole already.
+            TypeError: If `selection` or `model` is something else.
         """
         changed, added = reselected_groups(self.param_groups, selection, model)
         for number, neurons in changed.items():

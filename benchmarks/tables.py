@@ -1,0 +1,84 @@
+"""Print result files as the Markdown tables of README and docs, so that prose and files agree.
+
+Usage: python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def loaded(name: str) -> dict:
+    """A result file of this month's processor runs."""
+    return json.loads((RESULTS / f"{name}_cpu_202611.json").read_text())
+
+
+def bytes_of(count: float) -> str:
+    """A number of bytes in decimal units."""
+    return "0 B" if not count else f"{count / 1e6:.2f} MB"
+
+
+def spread(values: list[float]) -> str:
+    """The mean, with the smallest and largest where there are several."""
+    middle = f"{mean(values):.3f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3f}-{max(values):.3f})"
+
+
+def kept(name: str) -> Iterator[str]:
+    """What each method keeps at the forget target: mean over the seeds, and the range."""
+    rows = loaded(name)["rows"]
+    yield "| method | forget prob. | retain EM | world EM | weights changed | optimizer state |"
+    yield "|---|---|---|---|---|---|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ours = [row for row in rows if row["method"] == method]
+        cells = [f"{mean(row['forget']['probability'] for row in ours):.3f}"]
+        cells += [spread([row[each]["em"] for row in ours]) for each in ("retain", "world")]
+        cells += [f"{100 * mean(row['changed_share'] for row in ours):.3g} %"]
+        cells += [bytes_of(mean(row["optimizer_bytes"] for row in ours))]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def steps(size: str, fraction: float) -> Iterator[str]:
+    """Milliseconds of a step on one size and fraction, and over those of ours."""
+    rows = [row for row in loaded("optimizer_step")["rows"] if row["size"] == size and row["fraction"] == fraction]
+    medians = {row["optimizer"]: row["median"] for row in rows if "median" in row}
+    yield "| optimizer | step | over simu | over simu_compact |"
+    yield "|---|---|---|---|"
+    for name, median in medians.items():
+        over = [f"{median / medians[ours]:.1f}" for ours in ("simu", "simu_compact")]
+        yield f"| {name} | {median:.2f} ms | {' | '.join(over)} |"
+
+
+def memory(size: str, fraction: float) -> Iterator[str]:
+    """State and peak of a step on one size and fraction."""
+    yield "| optimizer | state | over two compact moments | peak of three steps |"
+    yield "|---|---|---|---|"
+    for row in loaded("optimizer_memory")["rows"]:
+        if row["size"] == size and row["fraction"] == fraction and "state_bytes" in row:
+            peak = bytes_of(row["peak_over_weights_and_gradients"])
+            yield f"| {row['optimizer']} | {bytes_of(row['state_bytes'])} | {row['state_ratio']:.2f} | {peak} |"
+
+
+TABLES = {
+    "demo": lambda: kept("demo"),
+    "demo_no_topic": lambda: kept("demo_no_topic"),
+    "tofu_forget01": lambda: kept("tofu_forget01"),
+    "optimizer_step": lambda: steps("bar", 0.05),
+    "optimizer_memory": lambda: memory("bar", 0.05),
+}
+"""Name in the pages, between `<!-- table: NAME -->` and the next empty line -> its lines."""
+
+
+def main() -> None:
+    for name, table in TABLES.items():
+        sys.stdout.write(f"<!-- table: {name} -->\n" + "\n".join(table()) + "\n\n")
+
+
+if __name__ == "__main__":
+    main()
