@@ -72,12 +72,12 @@ TABLES = {
     "optimizer_step": lambda: steps("bar", 0.05),
     "optimizer_memory": lambda: memory("bar", 0.05),
 }
-"""Name in the pages, between `<!-- table: NAME -->` and the next empty line -> its lines."""
+"""Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 
 
 def main() -> None:
     for name, table in TABLES.items():
-        sys.stdout.write(f"<!-- table: {name} -->\n" + "\n".join(table()) + "\n\n")
+        sys.stdout.write(f"<!-- table: {name} -->\n\n" + "\n".join(table()) + "\n\n")
 
 
 if __name__ == "__main__":
