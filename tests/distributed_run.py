@@ -384,7 +384,11 @@ def main() -> None:
             outcomes[scenario.__name__] = traceback.format_exc()
         dist.barrier()
     (folder / f"outcomes{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()
     dist.destroy_process_group()
+    # All is written. Threads of gloo can abort an interpreter that shuts down, so it is left at once.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.entries import NeuronDim, num_indices
 from torch_simu.optimizer.storage import check_blockwise
 
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+STATE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+)
 """Name -> dtype; groups hold the name, which every format of checkpoints knows."""
 
 
