@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.entries import NeuronDim, num_indices
 from torch_simu.optimizer.storage import check_blockwise
 
-STATE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-)
-"""Name -> dtype; groups hold the name, which every format of checkpoints knows."""
+_STATE_DTYPES = ("float32", "float64", "bfloat16", "uint8")
+"""Names of dtypes of the state; groups hold the name, which every format of checkpoints knows."""
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -96,7 +93,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         check_number(name, options[name], low_open=True)
     check_count("hessian_interval", options["hessian_interval"])
     check_choice("curvature", options["curvature"], ("gnb", "hutchinson", "squared_gradient"))
-    check_choice("state_dtype", options["state_dtype"], STATE_DTYPES)
+    check_choice("state_dtype", options["state_dtype"], _STATE_DTYPES)
 
 
 def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[list[int] | None]:

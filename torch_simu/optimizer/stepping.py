@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torch_simu.optimizer.entries import Entry, local
-from torch_simu.optimizer.groups import STATE_DTYPES
 from torch_simu.optimizer.storage import allocate, read, write
 from torch_simu.update import clipped_step_, clipped_step_foreach_, round_stochastically, unclipped_share
 
@@ -21,7 +20,7 @@ def new_state(group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
     state: dict[str, Any] = {}
     state["step"] = torch.zeros((), dtype=torch.float32, device=entry.grad.device if group["capturable"] else None)
     for key in ("exp_avg", "hessian"):
-        allocate(state, key, entry, STATE_DTYPES[group["state_dtype"]])
+        allocate(state, key, entry, getattr(torch, group["state_dtype"]))
     if group["master_weights"] and entry.param.dtype in (torch.bfloat16, torch.float16):
         state["master"] = entry.stored(entry.gather(entry.param).to(torch.float32, copy=True))
     return state
