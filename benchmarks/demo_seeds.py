@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from results import environment, write_result
+from results import command, environment, write_result
 
 from torch_simu.unlearning.demo import DemoRecipe, run_demo
 
@@ -46,7 +46,7 @@ def main() -> None:
             force=seed != options.seeds[0],
             claim="At a mean forget probability of at most 0.1, SIMU keeps more of the retain set and of "
             "the world facts (EM) than first- and second-order GradDiff on all weights.",
-            command=" ".join(["python benchmarks/demo_seeds.py", *sys.argv[1:]]),
+            command=command(),
             environment=environment(),
             seeds=list(seconds),
             rows=rows,

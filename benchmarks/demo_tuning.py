@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from results import environment, write_result
+from results import command, environment, write_result
 
 from torch_simu.unlearning.config import METHODS
 from torch_simu.unlearning.demo import DemoRecipe, forget_by, make_fiction, train_base
@@ -77,7 +77,7 @@ def main() -> None:
     write_result(
         options.out,
         claim="Step size and curvature scale of the demo's methods: best of eight by retain EM at the forget target.",
-        command=f"python benchmarks/demo_tuning.py --seeds {' '.join(map(str, options.seeds))}",
+        command=command(),
         environment=environment(),
         seeds=options.seeds,
         rows=rows,

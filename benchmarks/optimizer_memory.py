@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from optimizer_peers import PEERS, SIZES, Problem, state_bytes
-from results import environment, write_result
+from results import command, environment, write_result
 
 
 def resident(field: str) -> int:
@@ -83,8 +83,8 @@ def main() -> None:
     for name in options.sizes:
         for fraction in options.fractions:
             for peer in PEERS:
-                command = [sys.executable, __file__, "--device", options.device, "--alone", name, str(fraction), peer]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                call = [sys.executable, __file__, "--device", options.device, "--alone", name, str(fraction), peer]
+                done = subprocess.run(call, capture_output=True, text=True, check=False)
                 row = {"size": name, "fraction": fraction, "optimizer": peer}
                 if done.returncode:
                     row["does_not_run"] = done.stderr.strip().splitlines()[-1]
@@ -98,7 +98,7 @@ def main() -> None:
         out,
         force=options.force,
         claim="The state of selected neurons takes at most 1.02 times two compact moments in float32.",
-        command=f"python benchmarks/optimizer_memory.py --device {options.device}",
+        command=command(),
         environment=environment(),
         seeds=[0],
         rows=rows,

@@ -133,6 +133,9 @@ PEERS: dict[str, Callable[[Problem], Optimizer]] = {
     "bitsandbytes_adamw8bit": adamw_8bit,
 }
 
+FOREIGN = ("pytorch_optimizer_sophia_h", "bitsandbytes_adamw8bit")
+"""Peers of packages that may be missing, or lack a kernel for the device."""
+
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of tensors in the state, without the counters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def environment() -> dict[str, object]:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {**versions, "python": platform.python_version(), "cpu": model, "threads": torch.get_num_threads()}
+
+
+def command() -> str:
+    """How this script was called, without the folders of this machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def write_result(path: Path, *, force: bool = False, **content: object) -> None:

@@ -44,10 +44,11 @@ def step_entries(
     """
     options: dict[str, Any] = {"lr": group["lr"], "beta1": group["betas"][0], **{key: group[key] for key in _OPTIONS}}
     work: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for entry, state in zip(entries, states, strict=True):
+    adds = [_adds(group, entry, state, finite) for entry, state in zip(entries, states, strict=True)]
+    for entry, state, add in zip(entries, states, adds, strict=True):
         if "master" in state:
             weight = local(state["master"])
-        elif _adds(group, entry, finite):
+        elif add:
             # From zero, the step leaves what is to be added, to the last bit.
             weight = torch.zeros_like(entry.grad)
         else:
@@ -67,10 +68,10 @@ def step_entries(
     else:
         for weight, grad, exp_avg, hessian in work:
             clipped_step_(weight, grad, exp_avg, hessian, **options)
-    for entry, state, (weight, _, exp_avg, _) in zip(entries, states, work, strict=True):
+    for entry, state, add, (weight, _, exp_avg, _) in zip(entries, states, adds, work, strict=True):
         write(state, "exp_avg", exp_avg)
         state["step"] += 1 if finite is True else cast("Tensor", finite).to(state["step"].device)
-        if "master" not in state and _adds(group, entry, finite):
+        if add:
             entry.add(weight)
         elif weight is not local(entry.param):
             value = rounded(entry, weight)
@@ -80,10 +81,10 @@ def step_entries(
             entry.write(value)
 
 
-def _adds(group: Mapping[str, Any], entry: Entry, finite: Tensor | bool) -> bool:
+def _adds(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], finite: Tensor | bool) -> bool:
     """Say whether the step is added to the weights instead of written: it spares reading the scattered columns once."""
-    same = entry.param.dtype == entry.grad.dtype and not entry.grad.is_cuda
-    return same and finite is True and group["weight_decay"] == 0 and entry.addable
+    plain = "master" not in state and entry.param.dtype == entry.grad.dtype and not entry.grad.is_cuda
+    return plain and finite is True and group["weight_decay"] == 0 and entry.addable
 
 
 def fold(group: Mapping[str, Any], state: dict[str, Any], estimate: Tensor, finite: Tensor | bool) -> None:
