@@ -61,7 +61,8 @@ def test_state_follows_its_neuron(old, new, seed, dtype):
         assert torch.equal(value, dense[:, sorted(new)])
     assert optimizer.hessian_due
     frozen = weight.detach().clone()
-    train(model, optimizer, seed + 1000, 2)
+    # One step: two of opposite signs would cancel exactly.
+    train(model, optimizer, seed + 1000, 1)
     changed = (weight != frozen).any(0).nonzero()[:, 0].tolist()
     assert set(changed) <= new
     assert new == set(changed) or dtype != torch.float32
@@ -94,6 +95,25 @@ def test_layers_come_and_go():
     assert (model[4].weight != before).any(0).nonzero()[:, 0].tolist() == [0, 5]
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_new_layer_has_the_options_of_the_group_it_joins(named):
+    model = make_model()
+    if named:
+        optimizer = SIMUOptimizer(model.named_parameters(), lr=0.1, selection=select(first=[1]))
+    else:
+        optimizer = SIMUOptimizer(select(first=[1]).param_groups(model, attention="frozen"), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(model, optimizer, 0, 1)
+    schedule.step()
+    optimizer.change_selection(select(first=[1], second=[2]), model)
+    before = model[4].weight.detach().clone()
+    train(model, optimizer, 50, 1)
+    # Without curvature every entry is clipped: it moves by the scheduled rate exactly.
+    torch.testing.assert_close((model[4].weight - before)[:, 2].abs(), torch.full((2,), 0.01))
+    schedule.step()
+    assert len(optimizer.param_groups) == 1
+
+
 def test_parameters_that_train_whole_go_on():
     model = make_model()
     groups = select(first=[1]).param_groups(model, attention="frozen")
@@ -111,9 +131,10 @@ def test_what_cannot_be_changed_is_refused():
     optimizer = SIMUOptimizer(select(first=[1]).param_groups(model, attention="frozen"))
     with pytest.raises(ValueError, match="The model holds none of the optimizer's parameters"):
         optimizer.change_selection(select(first=[2]), make_model())
-    whole = SIMUOptimizer([model[2].weight])
+    whole, flags = SIMUOptimizer([model[2].weight]), [param.requires_grad for param in model.parameters()]
     with pytest.raises(ValueError, match="A layer of the selection trains whole in this optimizer"):
         whole.change_selection(select(first=[2]), model)
+    assert [param.requires_grad for param in model.parameters()] == flags
     with pytest.raises(TypeError, match="selection is of type str, expected a NeuronSelection"):
         optimizer.change_selection("2", model)
     with pytest.raises(TypeError, match="model is of type NoneType, expected a Module"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,22 @@ from torch_simu.optimizer.storage import SHAPED
 Neurons = list[list[int] | None]
 
 
+class Joining(NamedTuple):
+    """A parameter that was not trained before, and the number of the group it joins; None: a new one."""
+
+    number: int | None
+    name: str
+    param: Tensor
+    neurons: list[int]
+    dim: NeuronDim
+
+
 def reselected_groups(
     groups: Sequence[Mapping[str, Any]], selection: NeuronSelection, model: nn.Module
-) -> tuple[dict[int, Neurons], list[dict[str, Any]]]:
-    """Return the new `neurons` of each group that has selected neurons, and groups of parameters not yet trained.
+) -> tuple[dict[int, Neurons], list[Joining]]:
+    """Return the new `neurons` of each group that has selected neurons, and what joins the groups.
+
+    A parameter joins the first group that selects along the same dimension, so that it has that group's options.
 
     Raises:
         ValueError: If the model holds none of the parameters, or a layer trains whole already.
@@ -28,29 +40,54 @@ def reselected_groups(
     for name, value, kind in (("selection", selection, NeuronSelection), ("model", model, nn.Module)):
         if not isinstance(value, kind):
             raise TypeError(problem(f"{name} is of type {type(value).__name__}", f"a {kind.__name__}"))
-    held = {id(param) for param in model.parameters()}
-    ours = [param for group in groups for param in group["params"]]
-    if not any(id(param) in held for param in ours):
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    if not any(param in names for group in groups for param in group["params"]):
         wrong = "The model holds none of the optimizer's parameters"
         raise ValueError(problem(wrong, "the model that is trained", "Pass it as it is, not a copy."))
-    whole = [param for group in groups for param, old in _pairs(group) if old is None]
-    flags = [(param, param.requires_grad) for param in whole]
+    flags = {param: param.requires_grad for param in names}
     wanted: dict[Tensor, tuple[list[int], NeuronDim]] = {}
     for group in selection.param_groups(model, attention="frozen"):
         for param, neurons in _pairs(group):
             wanted[param] = (cast("list[int]", neurons), cast("NeuronDim", group["neuron_dim"]))
-    for param, flag in flags:
-        param.requires_grad_(flag)
-    if any(param is each for each in whole for param in wanted):
+    whole = {param for group in groups for param, old in _pairs(group) if old is None}
+    failed = not whole.isdisjoint(wanted)
+    for param, flag in flags.items():
+        if failed or param in whole:
+            param.requires_grad_(flag)
+    if failed:
         wrong = "A layer of the selection trains whole in this optimizer"
         raise ValueError(problem(wrong, "layers whose neurons are selected", "Make a new optimizer."))
+    selecting = [number for number, group in enumerate(groups) if any(old is not None for old in group["neurons"])]
     changed = {
-        number: [None if old is None else wanted.pop(param, ([], None))[0] for param, old in _pairs(group)]
-        for number, group in enumerate(groups)
-        if any(old is not None for old in group["neurons"])
+        number: [None if old is None else wanted.pop(param, ([], None))[0] for param, old in _pairs(groups[number])]
+        for number in selecting
     }
-    added = [{"params": [param], "neurons": [new], "neuron_dim": dim} for param, (new, dim) in wanted.items()]
-    return changed, added
+    joining = [
+        Joining(
+            next((number for number in selecting if groups[number]["neuron_dim"] == dim), None),
+            names[param],
+            param,
+            neurons,
+            dim,
+        )
+        for param, (neurons, dim) in wanted.items()
+    ]
+    return changed, joining
+
+
+def join(groups: Sequence[dict[str, Any]], joining: Sequence[Joining]) -> list[dict[str, Any]]:
+    """Add parameters to the groups they join, and return the new groups that the others need."""
+    new = []
+    named = any("param_names" in group for group in groups)
+    for number, name, param, neurons, dim in joining:
+        if number is None:
+            new.append({"params": [(name, param) if named else param], "neurons": [neurons], "neuron_dim": dim})
+            continue
+        groups[number]["params"].append(param)
+        groups[number]["neurons"].append(neurons)
+        if named:
+            groups[number]["param_names"].append(name)
+    return new
 
 
 def reselected_state(

@@ -19,7 +19,7 @@ from torch_simu.optimizer.entries import Entry, agreed, aligned, check_unsharded
 from torch_simu.optimizer.estimates import Estimates
 from torch_simu.optimizer.groups import checked_group, dtype_name, selected_groups
 from torch_simu.optimizer.loading import aligned_params, check_loadable, restored
-from torch_simu.optimizer.reselection import reselected_groups, reselected_state
+from torch_simu.optimizer.reselection import join, reselected_groups, reselected_state
 from torch_simu.optimizer.stepping import fold, health, new_state, rounded_to, step_entries
 
 
@@ -254,8 +254,8 @@ class SIMUOptimizer(Optimizer):
     def change_selection(self, selection: NeuronSelection, model: nn.Module) -> None:
         """Train other neurons from now on: those in both keep their state, new ones start at zero, others lose it.
 
-        Parameters that train whole (the attention projections, say) are left as they are. The curvature is due for a
-        refresh at once.
+        Parameters that train whole (the attention projections, say) are left as they are; a layer not trained before
+        joins a group, with its options. The curvature is due for a refresh at once.
 
         Args:
             selection: The neurons to train.
@@ -265,7 +265,7 @@ class SIMUOptimizer(Optimizer):
             ValueError: If the model holds none of the optimizer's parameters, or a layer trains whole already.
             TypeError: If `selection` or `model` is something else.
         """
-        changed, added = reselected_groups(self.param_groups, selection, model)
+        changed, joining = reselected_groups(self.param_groups, selection, model)
         for number, neurons in changed.items():
             group = self.param_groups[number]
             for param, old, new in zip(group["params"], group["neurons"], neurons, strict=True):
@@ -273,8 +273,8 @@ class SIMUOptimizer(Optimizer):
                     self.state[param] = reselected_state(self.state[param], param, old, new, group["neuron_dim"])
             group["neurons"] = neurons
             group["next_refresh"] = group["num_steps"]
-        for group in added:
-            self.add_param_group(group)
+        for new_group in join(self.param_groups, joining):
+            self.add_param_group(new_group)
         self._indices.clear()
         self._estimates.clear()
 
