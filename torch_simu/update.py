@@ -53,10 +53,42 @@ def clipped_step_(
     for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("hessian", hessian)):
         if tensor.shape != weight.shape:
             raise ValueError(problem(f"{name} has shape {tuple(tensor.shape)}", f"{tuple(weight.shape)} as weight"))
+    if weight_decay != 0:
+        weight.mul_(1 - lr * weight_decay)
+    weight.sub_(clipped_update_(grad, exp_avg, hessian, lr=lr, beta1=beta1, rho=rho, eps=eps, clip=clip))
+
+
+def clipped_update_(
+    grad: Tensor,
+    exp_avg: Tensor,
+    hessian: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    rho: float,
+    eps: float = 1e-12,
+    clip: float = 1.0,
+) -> Tensor:
+    r"""Advance the momentum in place and return what a clipped step without decay subtracts from the weights.
+
+    Args:
+        grad: Gradient $g$.
+        exp_avg: Momentum $m$, changed in place.
+        hessian: Curvature $h$. All three have the shape of the weights.
+        lr: Step size $\eta$; negated, it gives what is to be added.
+        beta1: Decay of the momentum.
+        rho: Curvature scale.
+        eps: Floor of the denominator.
+        clip: Bound of the ratio.
+
+    Examples:
+        >>> zero = torch.zeros(2)
+        >>> clipped_update_(torch.tensor([1.0, -0.5]), zero, torch.ones(2), lr=0.1, beta1=0.0, rho=1.0)
+        tensor([ 0.1000, -0.0500])
+    """
     exp_avg.lerp_(grad, 1 - beta1)
-    ratio = exp_avg / (rho * hessian).clamp_(min=eps)
-    ratio.clamp_(-clip, clip)
-    weight.mul_(1 - lr * weight_decay).sub_(ratio.mul_(lr))
+    floor = (rho * hessian).clamp_(min=eps)
+    return torch.div(exp_avg, floor, out=floor).clamp_(-clip, clip).mul_(lr)
 
 
 def clipped_step_foreach_(
@@ -100,7 +132,8 @@ def clipped_step_foreach_(
     torch._foreach_clamp_min_(ratios, -clip)
     torch._foreach_clamp_max_(ratios, clip)
     torch._foreach_mul_(ratios, lr)
-    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    if weight_decay != 0:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_sub_(weights, ratios)
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from torch_simu.optimizer.entries import Entry, local
 from torch_simu.optimizer.storage import allocate, read, write
-from torch_simu.update import clipped_step_, clipped_step_foreach_, round_stochastically, unclipped_share
+from torch_simu.update import (
+    clipped_step_,
+    clipped_step_foreach_,
+    clipped_update_,
+    round_stochastically,
+    unclipped_share,
+)
 
 _OPTIONS = ("rho", "eps", "weight_decay", "clip")
 
@@ -43,42 +49,54 @@ def step_entries(
         rounded: From an entry and its new weights to the same in the parameter's dtype.
     """
     options: dict[str, Any] = {"lr": group["lr"], "beta1": group["betas"][0], **{key: group[key] for key in _OPTIONS}}
-    work: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    adds = [_adds(group, entry, state, finite) for entry, state in zip(entries, states, strict=True)]
-    for entry, state, add in zip(entries, states, adds, strict=True):
-        if "master" in state:
-            weight = local(state["master"])
-        elif add:
-            # From zero, the step leaves what is to be added, to the last bit.
-            weight = torch.zeros_like(entry.grad)
-        else:
-            weight = entry.gather(entry.param)
-        exp_avg, hessian = (read(state, key, entry.grad.dtype) for key in ("exp_avg", "hessian"))
-        grad = -entry.grad if group["maximize"] else entry.grad
-        if isinstance(finite, Tensor):
-            # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
-            grad = torch.where(finite.to(grad.device), grad, exp_avg)
-        work.append((weight.to(grad.dtype), grad, exp_avg, hessian))
     if isinstance(finite, Tensor):
         options["lr"] = finite * options["lr"]
-    foreach = group["foreach"] if group["foreach"] is not None else all(item[0].is_cuda for item in work)
-    one_kind = len({(item[0].device, item[0].dtype) for item in work}) == 1
+    reads = [_read(group, entry, state, finite) for entry, state in zip(entries, states, strict=True)]
+    foreach = group["foreach"] if group["foreach"] is not None else all(grad.is_cuda for grad, _, _ in reads)
+    one_kind = len({(grad.device, grad.dtype) for grad, _, _ in reads}) == 1
     if foreach and one_kind:
-        clipped_step_foreach_(*map(list, zip(*work, strict=True)), **options)
+        weights = [_weight(entry, state) for entry, state in zip(entries, states, strict=True)]
+        clipped_step_foreach_(weights, *map(list, zip(*reads, strict=True)), **options)
+        for entry, weight in zip(entries, weights, strict=True):
+            _write(entry, weight, finite, rounded)
     else:
-        for weight, grad, exp_avg, hessian in work:
-            clipped_step_(weight, grad, exp_avg, hessian, **options)
-    for entry, state, add, (weight, _, exp_avg, _) in zip(entries, states, adds, work, strict=True):
+        for entry, state, work in zip(entries, states, reads, strict=True):
+            if _adds(group, entry, state, finite):
+                change = {key: value for key, value in options.items() if key != "weight_decay"}
+                entry.add(clipped_update_(*work, **{**change, "lr": -change["lr"]}))
+            else:
+                weight = _weight(entry, state)
+                clipped_step_(weight, *work, **options)
+                _write(entry, weight, finite, rounded)
+    for state, (_, exp_avg, _) in zip(states, reads, strict=True):
         write(state, "exp_avg", exp_avg)
         state["step"] += 1 if finite is True else cast("Tensor", finite).to(state["step"].device)
-        if add:
-            entry.add(weight)
-        elif weight is not local(entry.param):
-            value = rounded(entry, weight)
-            if isinstance(finite, Tensor):
-                # Another draw would move a weight that the step must leave alone.
-                value = torch.where(finite.to(value.device), value, entry.gather(entry.param))
-            entry.write(value)
+
+
+def _read(
+    group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], finite: Tensor | bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    exp_avg, hessian = (read(state, key, entry.grad.dtype) for key in ("exp_avg", "hessian"))
+    grad = -entry.grad if group["maximize"] else entry.grad
+    if isinstance(finite, Tensor):
+        # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
+        grad = torch.where(finite.to(grad.device), grad, exp_avg)
+    return grad, exp_avg, hessian
+
+
+def _weight(entry: Entry, state: Mapping[str, Any]) -> Tensor:
+    weight = local(state["master"]) if "master" in state else entry.gather(entry.param)
+    return weight.to(entry.grad.dtype)
+
+
+def _write(entry: Entry, weight: Tensor, finite: Tensor | bool, rounded: Callable[[Entry, Tensor], Tensor]) -> None:
+    if weight is local(entry.param):
+        return
+    value = rounded(entry, weight)
+    if isinstance(finite, Tensor):
+        # Another draw would move a weight that the step must leave alone.
+        value = torch.where(finite.to(value.device), value, entry.gather(entry.param))
+    entry.write(value)
 
 
 def _adds(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], finite: Tensor | bool) -> bool:
