@@ -1,5 +1,7 @@
 """Time one step of SIMUOptimizer and of its peers on down projections with dense gradients.
 
+Every peer runs in a process of its own: what an earlier one left in the allocator changes the time of large temporary
+tensors two- to threefold.
 Usage: python benchmarks/optimizer_step.py [--sizes bar demo olmo_1b llama2_7b] [--repeats 20] [--threads 1]
 On CUDA (--device cuda) steps are timed by events, and whole models are taken.
 """
@@ -7,8 +9,9 @@ On CUDA (--device cuda) steps are timed by events, and whole models are taken.
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,28 +41,36 @@ def timed(step: Step, repeats: int, device: str) -> list[float]:
     return milliseconds
 
 
-def measured(name: str, fraction: float, device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+def alone(name: str, fraction: float, peer: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Measure one peer, or the limits, in this process: label -> milliseconds of each repeat."""
+    torch.set_num_threads(options.threads)
+    size = SIZES[name]
+    layers = size.layers if options.device == "cuda" else size.cpu_layers
+    problem = Problem(size, layers, fraction, options.device, getattr(torch, options.dtype))
+    steps = limits(problem) if peer == "limits" else {peer: PEERS[peer](problem).step}
+    return {label: timed(step, options.repeats, options.device) for label, step in steps.items()}
+
+
+def measured(name: str, fraction: float, options: argparse.Namespace) -> list[dict[str, object]]:
     """A row for every peer and limit on one size."""
     size = SIZES[name]
-    layers = size.layers if device == "cuda" else size.cpu_layers
+    layers = size.layers if options.device == "cuda" else size.cpu_layers
+    common = {"size": name, "layers": layers, "d_model": size.d_model, "d_ff": size.d_ff, "fraction": fraction}
+    shared = [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "repeats", "threads")]
     rows = []
     for peer in (*PEERS, "limits"):
-        problem = Problem(size, layers, fraction, device, dtype)
-        common = {"size": name, "layers": layers, "d_model": size.d_model, "d_ff": size.d_ff, "fraction": fraction}
-        try:
-            steps = limits(problem) if peer == "limits" else {peer: PEERS[peer](problem).step}
-            for label, step in steps.items():
-                times = timed(step, repeats, device)
-                rows.append({**common, "optimizer": label, "milliseconds": times, "median": statistics.median(times)})
-                sys.stderr.write(f"{name} {fraction:.0%} {label}: {rows[-1]['median']:.2f} ms\n")
-        except (ImportError, RuntimeError, NotImplementedError) as error:
+        call = [sys.executable, __file__, *shared, "--alone", name, str(fraction), peer]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        if done.returncode:
             # Some peers do not run everywhere, which is a result; what is ours must.
             if peer not in FOREIGN:
-                raise
-            rows.append({**common, "optimizer": peer, "does_not_run": str(error).splitlines()[0]})
+                raise SystemExit(done.stderr)
+            rows.append({**common, "optimizer": peer, "does_not_run": done.stderr.strip().splitlines()[-1]})
             sys.stderr.write(f"{name} {peer}: does not run: {rows[-1]['does_not_run']}\n")
-        del problem
-        gc.collect()
+            continue
+        for label, times in json.loads(done.stdout).items():
+            rows.append({**common, "optimizer": label, "milliseconds": times, "median": statistics.median(times)})
+            sys.stderr.write(f"{name} {fraction:.0%} {label}: {rows[-1]['median']:.2f} ms\n")
     return rows
 
 
@@ -73,13 +84,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.alone is not None:
+        name, fraction, peer = options.alone
+        sys.stdout.write(json.dumps(alone(name, float(fraction), peer, options)))
+        return
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.sizes:
         for fraction in options.fractions:
-            dtype = getattr(torch, options.dtype)
-            rows += measured(name, fraction, options.device, dtype, options.repeats)
+            rows += measured(name, fraction, options)
     medians = {(row["size"], row["fraction"], row["optimizer"]): row["median"] for row in rows if "median" in row}
     ratios = [
         {"size": size, "fraction": fraction, "optimizer": label, "over": ours, "ratio": value / medians[key]}
