@@ -71,6 +71,20 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # Not in the table of layers: known by their tensor-parallel plan, or refused.
     "granite": ("GraniteConfig", _COMMON),
     "mixtral": ("MixtralConfig", {**_COMMON, "num_local_experts": 4}),
+    "olmoe": ("OlmoeConfig", {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_HEADS,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {**_COMMON, "block_types": ["recurrent", "attention"], "lru_width": 32},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {
@@ -87,15 +101,18 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-NAMES = tuple(name for name in _CONFIGS if name not in ("granite", "mixtral", "qwen3_moe", "mamba"))
+NAMES = tuple(name for name in _CONFIGS if name not in ("granite", "mamba"))
 """The architectures in the table of `torch_simu.layers`."""
+
+EXPERTS = ("mixtral", "olmoe", "gpt_oss", "qwen3_moe")
+"""Those whose experts are fused into one parameter."""
 
 
 def tiny(name: str, seed: int = 0, **config: Any) -> nn.Module:
     """A causal model of the named type with 2 blocks of width 32, in eval mode, the same for the same seed.
 
     Args:
-        name: One of `NAMES`, or a model type that the table leaves out: granite, mixtral, qwen3_moe, mamba.
+        name: One of `NAMES`, or a model type that the table leaves out: granite, mamba.
         seed: Seed of the initialization; the global generator is left as it was.
         config: Arguments of the configuration that replace the tiny ones.
     """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,8 @@ class Expected:
 @functools.cache
 def lively(name: str, **config: object) -> nn.Module:
     """A tiny model whose weights are large enough for attention and nonlinearities to matter."""
-    model = tiny(name, **config)
+    # Tuples can be cached by, lists are what configurations take.
+    model = tiny(name, **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items()})
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() > 1:
@@ -88,25 +92,56 @@ def reference(
 
 def _last_activation(model: nn.Module, module: nn.Module, prefix: Tensor) -> Tensor:
     found: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-        found.append(args[0].detach().reshape(len(prefix), -1)[-1])
-
-    handle = module.register_forward_pre_hook(hook)
-    model(input_ids=prefix[None], use_cache=False)
-    handle.remove()
+    with _replaced(module, len(prefix), lambda last: found.append(last.detach()) or last):
+        model(input_ids=prefix[None], use_cache=False)
     return found[0]
 
 
 def _value(
     model: nn.Module, module: nn.Module, prefix: Tensor, target: Tensor, activation: Tensor, objective: str
 ) -> Tensor:
-    def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        tokens = args[0].detach().reshape(len(prefix), -1)
-        return (torch.cat([tokens[:-1], activation[None]]).reshape(args[0].shape),)
-
-    handle = module.register_forward_pre_hook(hook)
-    logits = model(input_ids=prefix[None], use_cache=False).logits[0, -1]
-    handle.remove()
+    with _replaced(module, len(prefix), lambda _: activation):
+        logits = model(input_ids=prefix[None], use_cache=False).logits[0, -1]
     logprob = logits.float().log_softmax(-1)[target]
     return {"logprob": logprob, "prob": logprob.exp(), "loss": -logprob}[objective]
+
+
+@contextmanager
+def _replaced(module: nn.Module, length: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the neurons of a layer at the last position, in a pass over one prefix."""
+
+    def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        tokens = args[0].detach().reshape(length, -1)
+        return (torch.cat([tokens[:-1], replace(tokens[-1])[None]]).reshape(args[0].shape),)
+
+    if hasattr(module, "gate_up_proj"):
+        module.forward = partial(_experts_forward, module, replace)
+        try:
+            yield
+        finally:
+            del module.forward
+    else:
+        handle = module.register_forward_pre_hook(hook)
+        yield
+        handle.remove()
+
+
+def _experts_forward(
+    experts: nn.Module, replace: Callable[[Tensor], Tensor], hidden: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """What fused experts compute, expert by expert, with the neurons of all experts at the last position replaced."""
+
+    def linear(name: str, expert: int, value: Tensor) -> Tensor:
+        matrix = getattr(experts, name)[expert]
+        bias = getattr(experts, f"{name}_bias")[expert] if hasattr(experts, f"{name}_bias") else 0
+        return value @ (matrix if experts.is_transposed else matrix.T) + bias
+
+    everyone = range(len(experts.down_proj))
+    neurons = torch.stack([experts._apply_gate(linear("gate_up_proj", expert, hidden)) for expert in everyone], dim=1)
+    # Experts that are not chosen have no neurons: zero activations, whose weight is zero, too.
+    share = torch.zeros(len(hidden), len(everyone), dtype=weights.dtype).scatter(1, chosen, weights)
+    neurons = neurons * (share > 0)[..., None]
+    last = replace(neurons[-1].flatten()).reshape(neurons[-1].shape)
+    neurons = torch.cat([neurons[:-1].detach(), last[None]])
+    outputs = torch.stack([linear("down_proj", expert, neurons[:, expert]) for expert in everyone], dim=1)
+    return (share[..., None] * outputs).sum(1)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tests.models import NAMES
 from tests.reference_attribution import lively, padded_batch, reference, sequences
 from tests.strategies import seeds
-from torch_simu.attribution import Attribution, attribute_neurons, packed
+from torch_simu.attribution import Attribution, attribute_neurons, decode, layerwise, packed, prefix, site
 from torch_simu.layers import down_projections
 
 FIVE = ("llama", "gpt2", "opt", "gpt_neox", "qwen3")
-WITHOUT_SDPA = ("gemma2", "gptj", "gpt_neo", "bloom", "mpt")
-NOT_PACKED = ("gpt_neo", "bloom", "mpt")
+WITHOUT_SDPA = ("gemma2", "gptj", "gpt_neo", "bloom", "mpt", "gpt_oss")
+DECODED = ("gpt_neo", "bloom", "mpt")
+RECURRENT = ("recurrent_gemma",)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -47,7 +48,7 @@ def assert_exact(
 
 @given(
     st.sampled_from(FIVE),
-    st.sampled_from(["packed", "prefix", "auto"]),
+    st.sampled_from(["packed", "decode", "prefix", "auto"]),
     st.sampled_from(["logprob", "prob", "loss"]),
     st.sampled_from(["midpoint", "right", "left"]),
     st.integers(1, 3),
@@ -61,7 +62,7 @@ def test_scores_equal_one_pass_per_prefix_and_path_point(
     batches = [padded_batch(rows[:2], side), padded_batch(rows[2:], side)]
     options = {"objective": objective, "rule": rule, "steps": steps}
     attribution = attribute_neurons(model, batches, method=method, **options)
-    assert attribution.provenance["method"] == ("prefix" if method == "prefix" else "packed")
+    assert attribution.provenance["method"] == ("packed" if method == "auto" else method)
     assert_exact(attribution, model, rows, **options)
 
 
@@ -74,8 +75,49 @@ def test_every_known_architecture_is_exact_by_the_method_that_auto_takes(name: s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
-    assert (attribution.provenance["method"] == "prefix") == (name in NOT_PACKED) == bool(caught)
+    wanted = "decode" if name in DECODED else "prefix" if name in RECURRENT else "packed"
+    assert attribution.provenance["method"] == wanted
+    assert bool(caught) == (wanted == "prefix")
     assert_exact(attribution, model, rows)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in RECURRENT])
+def test_every_known_architecture_with_a_cache_is_exact_by_decoding(name: str) -> None:
+    model, rows = lively(name), sequences(2)
+    attribution = attribute_neurons(model, [padded_batch(rows, "left")], method="decode", steps=2)
+    assert_exact(attribution, model, rows)
+
+
+_HALF = (("layer_types", ("sliding_attention", "full_attention")),)
+_SOME = (("use_sliding_window", True), ("max_window_layers", 1))
+WINDOWED = {
+    **dict.fromkeys(("mistral", "phi3", "starcoder2", "mixtral"), ()),
+    "qwen3_moe": _SOME[:1],
+    **dict.fromkeys(("qwen2", "qwen3"), _SOME),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo3", "gpt_oss"), _HALF),
+}
+"""Architectures with a sliding window, in all layers or in one of two."""
+
+
+@pytest.mark.parametrize("method", ["packed", "decode", "auto"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_shorter_than_the_prefixes_are_exact(name: str, method: str) -> None:
+    model, rows = lively(name, sliding_window=4, **dict(WINDOWED[name])), sequences(1, shortest=7, longest=9)
+    assert_exact(attribute_neurons(model, [padded_batch(rows, "right")], method=method, steps=2), model, rows)
+    # The window matters: without it the scores are others.
+    wide = attribute_neurons(lively(name), [padded_batch(rows, "right")], method=method, steps=2)
+    first = next(iter(wide.scores))
+    assert relative_error(wide.scores[first], reference(model, rows, first, "logprob", "midpoint", 2).scores) > 1e-2
+
+
+def test_windows_and_chunks_leave_what_they_say() -> None:
+    seen = {kind: packed._seen(*_positions(9), kind, {kind: 4}) for kind in ("sliding_attention", "chunked_attention")}
+    assert seen["sliding_attention"].sum(1).tolist() == [9, 9, 9, 9, 8, 7, 6, 5, 4]
+    assert seen["chunked_attention"].sum(1).tolist() == [4] * 8 + [1]
+
+
+def _positions(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(length, dtype=torch.int64), torch.arange(length), torch.arange(length)
 
 
 @given(st.sampled_from(FIVE), seeds)
@@ -157,9 +199,9 @@ def _roll(original: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Ten
     return lambda gradient, activation: original(gradient, activation.roll(1, 0))
 
 
-def _without_own_key(original: Callable[[object, Tensor], Tensor]) -> Callable[[object, Tensor], Tensor]:
-    def mask(self: packed._Pack, queries: Tensor) -> Tensor:
-        visible = original(self, queries)
+def _without_own_key(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def mask(self: packed._Pack, queries: Tensor, kind: str) -> Tensor:
+        visible = original(self, queries, kind)
         own = visible[:, -queries.numel() :]
         # A first token without its own key would see nothing at all.
         own &= self.position[queries, None] == 0
@@ -168,9 +210,9 @@ def _without_own_key(original: Callable[[object, Tensor], Tensor]) -> Callable[[
     return mask
 
 
-def _also_the_clean_self(original: Callable[[object, Tensor], Tensor]) -> Callable[[object, Tensor], Tensor]:
-    def mask(self: packed._Pack, queries: Tensor) -> Tensor:
-        visible = original(self, queries)
+def _also_the_clean_self(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def mask(self: packed._Pack, queries: Tensor, kind: str) -> Tensor:
+        visible = original(self, queries, kind)
         visible[torch.arange(queries.numel()), queries] = True
         return visible
 
@@ -191,7 +233,7 @@ def test_each_mutant_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_broken(method="layerwise")  # every position is scaled
     assert_broken(objective="loss")  # the sign of the loss
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "attributed", _roll(packed.attributed))  # the clean activation of a neighbor
+        patch.setattr(site, "attributed", _roll(site.attributed))  # the clean activation of a neighbor
         assert_broken()
     with monkeypatch.context() as patch:
         patch.setattr(packed._Pack, "mask", _without_own_key(packed._Pack.mask))
@@ -201,9 +243,55 @@ def test_each_mutant_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_broken()
 
 
-def test_auto_warns_and_takes_prefix_where_the_spot_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_warns_and_takes_the_next_method_where_the_spot_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = lively("llama"), sequences(6)
     monkeypatch.setattr(packed._Pack, "mask", _also_the_clean_self(packed._Pack.mask))
-    with pytest.warns(UserWarning, match=r"For LlamaForCausalLM, packed is off by .* Method 'prefix' is used"):
+    with pytest.warns(UserWarning, match=r"For LlamaForCausalLM, packed is off by .* Method 'decode' is used"):
         attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
     assert_exact(attribution, model, rows)
+    monkeypatch.setattr(decode._Prefixes, "before", _a_position_late(decode._Prefixes.before))
+    with pytest.warns(UserWarning, match=r"packed is off by .* and decode is off by .* Method 'prefix' is used"):
+        attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+    assert_exact(attribution, model, rows)
+
+
+def _a_position_late(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def before(self: decode._Prefixes, part: slice) -> tuple[Tensor, Tensor]:
+        index, visible = original(self, part)
+        return (index - 1).clamp(min=0), visible
+
+    return before
+
+
+def test_memory_that_runs_out_halves_the_passes_and_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = lively("llama"), padded_batch(sequences(3), "right")
+    for method, module in (("packed", packed), ("decode", decode), ("prefix", prefix), ("layerwise", layerwise)):
+        expected = attribute_neurons(model, [batch], method=method, steps=3)
+        name = {"packed": "_stream_values", "decode": "_token_values", "prefix": "_prefix_values"}.get(
+            method, "_values"
+        )
+        original, refused = getattr(module, name), []
+
+        def scarce(*args: object, original: Callable = original, refused: list = refused) -> object:
+            alphas, part = args[-2:] if isinstance(args[-1], slice) else (args[-1], slice(0, 1))
+            if len(alphas) * (part.stop - part.start) > 1:
+                refused.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, scarce)
+            found = attribute_neurons(model, [batch], method=method, steps=3)
+        assert refused
+        for layer, scores in expected.scores.items():
+            assert relative_error(found.scores[layer], scores) < 1e-5
+            assert found.delta[layer] == pytest.approx(expected.delta[layer], abs=1e-4)
+
+
+def test_memory_that_does_not_suffice_for_one_query_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(packed, "_stream_values", nothing)
+    with pytest.raises(torch.OutOfMemoryError):
+        attribute_neurons(lively("llama"), [padded_batch(sequences(3), "right")], method="packed")

@@ -13,9 +13,9 @@ from tests.models import tiny
 from tests.reference_attribution import lively, padded_batch, reference, sequences
 from torch_simu import _files
 from torch_simu.attribution import Attribution, attribute_neurons
-from torch_simu.attribution.intervention import replaced_input
+from torch_simu.attribution.site import Site
 
-METHODS = ("auto", "packed", "prefix", "layerwise", "joint")
+METHODS = ("auto", "packed", "decode", "prefix", "layerwise", "joint")
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, -100, 8]])}
 
 
@@ -103,37 +103,11 @@ def test_progress_counts_samples_times_layers() -> None:
     assert calls == [(2, 4), (4, 4)]
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3_text", "phi3"])
-def test_a_window_shorter_than_the_longest_prefix_is_refused_by_packed_and_right_in_auto(name: str) -> None:
-    config = {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
-    model = lively_with(name, config if name in ("qwen2", "gemma3_text") else {"sliding_window": 4})
-    short = sequences(1, longest=5)
-    attribute_neurons(model, [padded_batch(short, "right")], method="packed", steps=2)
-    rows = sequences(1, shortest=7, longest=9)
-    batch = padded_batch(rows, "right")
-    with pytest.raises(ValueError, match=r"sliding_window 4 is shorter than the longest prefix, \d tokens"):
-        attribute_neurons(model, [batch], method="packed")
-    with pytest.warns(UserWarning, match="sliding_window 4 is shorter"):
-        attribution = attribute_neurons(model, [batch], steps=2)
-    layer = "model.layers.0.mlp.down_proj"
-    expected = reference(model, rows, layer, "logprob", "midpoint", 2).scores
-    torch.testing.assert_close(attribution.scores[layer], expected, rtol=1e-3, atol=1e-5 * expected.norm().item())
-
-
-def lively_with(name: str, config: dict[str, object]) -> nn.Module:
-    model = tiny(name, **config)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() > 1:
-                param.mul_(6.0)
-    return model
-
-
 def test_recurrent_mixers_are_refused_by_packed_and_run_by_prefix() -> None:
     model = tiny("mamba")
     with pytest.raises(ValueError, match=r"has no key-value cache|mixes positions by a recurrent state"):
         attribute_neurons(model, [BATCH], select="mixer.out_proj", method="packed")
-    with pytest.warns(UserWarning, match="For MambaForCausalLM, packed fails"):
+    with pytest.warns(UserWarning, match="For MambaForCausalLM, packed does not apply .* decode does not apply"):
         attribution = attribute_neurons(model, [BATCH], select="mixer.out_proj", steps=2)
     rows = [(BATCH["input_ids"][0], BATCH["labels"][0])]
     for layer, scores in attribution.scores.items():
@@ -188,7 +162,6 @@ def test_malformed_batches_are_named(batches: list[object], error: type[Exceptio
     ("options", "error", "message"),
     [
         ({"method": "pakced"}, ValueError, "method is 'pakced'.*Did you mean 'packed'"),
-        ({"method": "decode"}, ValueError, "method is 'decode'.*Use method='prefix'"),
         ({"objective": "logprop"}, ValueError, "objective is 'logprop'"),
         ({"rule": "middle"}, ValueError, "rule is 'middle'"),
         ({"steps": 0}, ValueError, "steps is 0"),
@@ -220,7 +193,7 @@ def test_layers_that_are_not_called_once_are_refused(layer: str, message: str) -
     ids = torch.tensor([[1, 2, 3]])
     with (
         pytest.raises(ValueError, match=message),
-        replaced_input(layer, model.get_submodule(layer), 1, 3, lambda activation: activation),
+        Site(layer, model.get_submodule(layer), 1, 3, [1.0], lambda whole: whole[0], lambda leaf, _: leaf).scaled(),
     ):
         model(ids)
     assert not model.get_submodule(layer)._forward_pre_hooks

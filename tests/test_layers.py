@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.models import D_MODEL, NAMES, NUM_BLOCKS, VOCABULARY, tiny
+from tests.models import D_MODEL, EXPERTS, NAMES, NUM_BLOCKS, VOCABULARY, tiny
 from torch_simu.layers import (
     attention_projections,
     down_projections,
     is_neuron_layer,
     neuron_dim,
+    neuron_weight,
     num_neurons,
+    probed_projections,
     select_layers,
 )
 
@@ -41,14 +43,22 @@ EXPECTED = {
     "gpt_neo": ("transformer.h", "mlp.c_proj", [f"attn.attention.{kind}_proj" for kind in ("q", "k", "v", "out")]),
     "opt": ("model.decoder.layers", "fc2", [f"self_attn.{kind}_proj" for kind in ("q", "k", "v", "out")]),
     "mpt": ("transformer.blocks", "ffn.down_proj", ["attn.Wqkv", "attn.out_proj"]),
+    **{name: ("model.layers", "mlp.experts", SEPARATE) for name in EXPERTS},
+    "recurrent_gemma": ("model.layers", "mlp_block.down_proj", [f"temporal_block.{kind}_proj" for kind in "qkvo"]),
 }
+DENSE = [name for name in EXPECTED if name not in EXPERTS]
 FOUR_TIMES = ("gpt2", "gptj", "gpt_neo", "falcon", "bloom", "mpt")
 
 
 def expected(name: str, which: int) -> set[str]:
-    """The names in the table above, for every block."""
+    """The names in the table above, for every block that has them."""
     prefix, down, attention = EXPECTED[name]
-    return {f"{prefix}.{block}.{end}" for block in range(NUM_BLOCKS) for end in ([down], attention)[which]}
+    found = {f"{prefix}.{block}.{end}" for block in range(NUM_BLOCKS) for end in ([down], attention)[which]}
+    if name == "qwen3_moe" and which == 0:
+        # Its first block is dense.
+        return found - {"model.layers.0.mlp.experts"} | {"model.layers.0.mlp.down_proj"}
+    # The first block of this one is recurrent.
+    return {layer for layer in found if name != "recurrent_gemma" or which == 0 or ".1." in layer}
 
 
 def found_by_behavior(model: nn.Module, prefix: str) -> tuple[set[str], set[str]]:
@@ -100,15 +110,39 @@ class TestKnownModels:
         model = tiny(name)
         down, attention = down_projections(model), attention_projections(model)
         assert (set(down), set(attention)) == (expected(name, 0), expected(name, 1))
-        assert (set(down), set(attention)) == found_by_behavior(model, EXPECTED[name][0])
+        if name in DENSE and name != "recurrent_gemma":
+            assert (set(down), set(attention)) == found_by_behavior(model, EXPECTED[name][0])
         modules = dict(model.named_modules())
         assert all(modules[layer] is module for layer, module in {**down, **attention}.items())
         assert list(down) == [layer for layer in modules if layer in down]
 
     @pytest.mark.parametrize("name", EXPECTED)
+    def test_a_run_on_a_few_tokens_finds_the_same_and_leaves_the_model_alone(self, name):
+        model = tiny(name).train()
+        random, before = torch.get_rng_state(), {key: value.clone() for key, value in model.state_dict().items()}
+        down, attention = probed_projections(model)
+        assert down == expected(name, 0)
+        # A recurrence mixes positions, too.
+        assert {layer for layer in attention if ".linear_" not in layer} == expected(name, 1)
+        assert torch.equal(random, torch.get_rng_state())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+    @pytest.mark.parametrize("name", EXPERTS)
+    def test_the_neurons_of_fused_experts_are_counted_expert_by_expert(self, name):
+        for layer, module in down_projections(tiny(name)).items():
+            if not layer.endswith("experts"):
+                continue
+            ff = 24 if name == "qwen3_moe" else 80
+            assert num_neurons(module) == 4 * ff
+            assert neuron_dim(module) == ((0, 1) if name == "gpt_oss" else (0, 2))
+            assert tuple(neuron_weight(module).shape) == ((4, ff, D_MODEL) if name == "gpt_oss" else (4, D_MODEL, ff))
+
+    @pytest.mark.parametrize("name", DENSE)
     def test_the_neurons_are_the_input_features(self, name):
         for module in down_projections(tiny(name)).values():
-            size = 4 * D_MODEL if name in FOUR_TIMES else 80
+            # The last one halves its size.
+            size = 4 * D_MODEL if name in FOUR_TIMES else 40 if name == "recurrent_gemma" else 80
             assert num_neurons(module) == size
             assert module.weight.shape[neuron_dim(module)] == size
             assert neuron_dim(module) == (0 if name == "gpt2" else -1)
@@ -161,11 +195,29 @@ class TestUnknownModels:
         with pytest.raises(ValueError, match="candidates are: none"):
             down_projections(nn.ReLU())
 
-    @pytest.mark.parametrize(("name", "block"), [("mixtral", 0), ("qwen3_moe", 1)])
-    def test_fused_experts_are_refused_and_not_left_out(self, name, block):
-        with pytest.raises(ValueError, match=rf"'model.layers.{block}.mlp.experts.down_proj' of shape \(4, 32, \d+\)"):
-            down_projections(tiny(name))
-        assert set(attention_projections(tiny(name))) == expected("llama", 1)
+    def test_an_unknown_architecture_is_known_by_its_behavior(self):
+        model = tiny("llama")
+        model.config.model_type = "unheard_of"
+        model.config.base_model_tp_plan = None
+        assert set(down_projections(model)) == expected("llama", 0)
+        assert set(attention_projections(model)) == expected("llama", 1)
+
+    @pytest.mark.parametrize("model_type", ["llama", "unheard_of"])
+    def test_answers_that_differ_are_refused_and_both_are_named(self, model_type):
+        model = tiny("llama")
+        model.config.model_type = model_type
+        model.config.base_model_tp_plan = {"layers.*.mlp.up_proj": "rowwise"}
+        other = "the table of known models" if model_type == "llama" else "a run on a few tokens"
+        with pytest.raises(
+            ValueError, match=f"(?i){other}.* differ on 4 MLP down projections .*down_proj' is in {other}"
+        ):
+            down_projections(model)
+
+    def test_a_probe_of_a_model_without_blocks_or_weights_is_refused(self):
+        with pytest.raises(ValueError, match="No ModuleList of Linear has as many modules as its num_hidden_layers"):
+            probed_projections(nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no token embeddings that it could be run with"):
+            probed_projections(tiny("llama").to("meta"))
 
     def test_a_pattern_names_the_dense_layers_beside_fused_experts(self):
         assert list(down_projections(tiny("qwen3_moe"), r"mlp\.down_proj")) == ["model.layers.0.mlp.down_proj"]
@@ -176,7 +228,7 @@ class TestUnknownModels:
         assert list(attention_projections(model, r"c\.in|b\.out")) == ["b.out", "c.in"]
 
     def test_a_pattern_that_matches_another_kind_of_layer_is_refused(self):
-        with pytest.raises(TypeError, match=r"Layer '1' is a ReLU, expected nn.Linear or Conv1D"):
+        with pytest.raises(TypeError, match=r"Layer '1' is a ReLU, expected nn.Linear, Conv1D or fused experts"):
             down_projections(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "1")
 
     def test_a_pattern_that_matches_nothing_is_refused(self):
@@ -229,7 +281,7 @@ class TestSelectors:
 
 def test_the_dimension_of_the_neurons_of_another_kind_of_layer_is_refused():
     for ask in (neuron_dim, num_neurons):
-        with pytest.raises(TypeError, match=r"The layer is a Embedding, expected nn\.Linear or Conv1D"):
+        with pytest.raises(TypeError, match=r"The layer is a Embedding, expected nn\.Linear, Conv1D or fused experts"):
             ask(nn.Embedding(2, 2))
     assert not is_neuron_layer(nn.Conv1d(2, 2, 1))
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
-from torch_simu.layers import Selector, attention_projections, neuron_dim, num_neurons, select_layers
+from torch_simu.layers import (
+    NeuronDim,
+    Selector,
+    attention_projections,
+    neuron_dim,
+    neuron_weight,
+    num_neurons,
+    select_layers,
+)
 
 _KIND = "NeuronSelection"
 
@@ -170,8 +178,8 @@ class NeuronSelection(Mapping[str, Tensor]):
             attention: "full" trains the attention projections whole, as in the paper; "frozen" leaves them alone.
 
         Returns:
-            One group per layout of the weights (`neuron_dim` -1 for linear layers, 0 for `Conv1D`) with the keys
-            `params`, `neurons` (aligned with `params`) and `neuron_dim`, and one for the attention projections.
+            One group per layout of the weights (see `torch_simu.layers.neuron_dim`) with the keys `params`, `neurons`
+            (aligned with `params`) and `neuron_dim`, and one for the attention projections.
 
         Raises:
             KeyError: If a layer is not in the model.
@@ -181,13 +189,13 @@ class NeuronSelection(Mapping[str, Tensor]):
         check_choice("attention", attention, ("full", "frozen"))
         modules = select_layers(model, self) if len(self) else {}
         projections = attention_projections(model) if attention == "full" else {}
-        groups: dict[int, dict[str, object]] = {}
+        groups: dict[NeuronDim, dict[str, object]] = {}
         for name, module in modules.items():
             self._check_layer(name, module)
             if name in projections:
                 wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
                 raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
-            weight = cast("nn.Parameter", module.weight)
+            weight = neuron_weight(module)
             _check_unshared(model, name, weight)
             dim = neuron_dim(module)
             group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
@@ -278,7 +286,7 @@ class NeuronSelection(Mapping[str, Tensor]):
         if (size := num_neurons(module)) != self._num_neurons[name]:
             wrong = f"Layer {name!r} has {size} neurons, the selection counts {self._num_neurons[name]}"
             raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
-        _check_trainable(name, cast("nn.Parameter", module.weight), "Use attach_deltas first.")
+        _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:

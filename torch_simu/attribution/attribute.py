@@ -10,11 +10,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice, problem
+from torch_simu._checks import check_choice
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
+from torch_simu.attribution.decode import decode_sums
 from torch_simu.attribution.intervention import frozen
-from torch_simu.attribution.joint import joint_sums
-from torch_simu.attribution.layerwise import layerwise_sums
+from torch_simu.attribution.layerwise import joint_sums, layerwise_sums
 from torch_simu.attribution.packed import packed_sums
 from torch_simu.attribution.path import Objective, Path, Rule
 from torch_simu.attribution.prefix import prefix_sums
@@ -24,13 +24,19 @@ from torch_simu.attribution.spot_check import fastest_exact
 from torch_simu.attribution.sums import Method
 from torch_simu.layers import Selector, num_neurons, select_layers
 
-MethodName = Literal["auto", "packed", "prefix", "layerwise", "joint"]
-"""How to attribute: "packed" and "prefix" are exact, "layerwise" and "joint" approximate, "auto" is the best exact."""
+MethodName = Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"]
+"""How to attribute: the first three after "auto" are exact, the last two approximate, "auto" is the best exact one."""
 
 _METHODS: Mapping[str, Method] = MappingProxyType(
-    {"packed": packed_sums, "prefix": prefix_sums, "layerwise": layerwise_sums, "joint": joint_sums}
+    {
+        "packed": packed_sums,
+        "decode": decode_sums,
+        "prefix": prefix_sums,
+        "layerwise": layerwise_sums,
+        "joint": joint_sums,
+    }
 )
-_FAST = ("packed",)
+_FAST = ("packed", "decode")
 
 # Short rows share a pass up to this many tokens: beyond, attention between rows costs more than a pass saves.
 _PACK_TOKENS = 128
@@ -70,9 +76,10 @@ def attribute_neurons(
             log-likelihood ("loss").
         steps: Number $m$ of path points.
         rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left").
-        method: "prefix" runs one pass per prefix; "packed" all samples of a row in one pass, over cached keys and
-            values; "auto" is "packed" where a spot check agrees with "prefix", else "prefix" with a warning.
-            "layerwise" and "joint" are rough: they change all positions, or all positions and layers, at once.
+        method: "prefix" runs one pass per prefix; "packed" many samples in one pass, over cached keys and values;
+            "decode" each sample as one token behind its cached prefix, as in generation; "auto" is the first of
+            "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning. "layerwise"
+            and "joint" are rough: they change all positions, or all positions and layers, at once.
         resume: A file for partial sums, written every ten seconds and when an exception interrupts. A call with the
             same arguments goes on from there; the file is deleted when the result is complete.
         progress: Called with (done, total), counted in samples times layers.
@@ -102,7 +109,7 @@ def attribute_neurons(
         6
     """
     path = Path(objective, rule, steps)
-    _check_method(method)
+    check_choice("method", method, ("auto", *_METHODS))
     layers = select_layers(model, select)
     rows = collect_rows(batches)
     with frozen(model):
@@ -133,13 +140,6 @@ def attribute_neurons(
     checkpoint.remove()
     num_samples = sum(row.num_samples for row in rows)
     return Attribution(partial.scores, partial.delta, num_samples, provenance)
-
-
-def _check_method(method: str) -> None:
-    if method == "decode":
-        advice = "Use method='prefix', which is exact and slower."
-        raise ValueError(problem("method is 'decode', which is not available yet", "another method", advice))
-    check_choice("method", method, ("auto", *_METHODS))
 
 
 def _chosen(model: nn.Module, rows: list[Row], layers: Mapping[str, nn.Module], path: Path) -> MethodName:

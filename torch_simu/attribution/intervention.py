@@ -1,16 +1,14 @@
-"""Run a model with one layer's input replaced, and leave the model as it was found."""
+"""Run a model for attribution, and leave it as it was found."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-
-from torch_simu._checks import problem
 
 
 @contextmanager
@@ -33,57 +31,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_input(
-    name: str, module: nn.Module, streams: int, tokens: int, replace: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Replace the input of `module` in the forward pass inside the block.
-
-    Args:
-        name: The layer's name, for messages.
-        module: The layer; it must be called exactly once, with every token.
-        streams: Rows that the layer should see.
-        tokens: Tokens per row that the layer should see.
-        replace: From the clean input to the new one. Shapes: `(streams, tokens, num_neurons)` both, though the new one
-            may have more streams.
-
-    Raises:
-        ValueError: If the layer is not called once with `streams * tokens` tokens.
-    """
-    calls = 0
-
-    def hook(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        nonlocal calls
-        calls += 1
-        found = args[0] if args else None
-        if calls > 1 or not isinstance(found, Tensor) or found[..., 0].numel() != streams * tokens:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else "no tensor"
-            wrong = f"Call {calls} of layer {name!r} in one pass has input shape {shape}"
-            raise ValueError(problem(wrong, f"one call with {streams} x {tokens} tokens", "Leave the layer out."))
-        # OPT and some mixtures of experts merge rows and tokens into one dimension.
-        new = replace(found.reshape(streams, tokens, found.shape[-1]))
-        return (new.flatten(0, 1) if found.dim() == 2 else new, *args[1:])
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-    if calls == 0:
-        raise ValueError(problem(f"Layer {name!r} is not used in the forward pass", "one call", "Leave it out."))
-
-
-@contextmanager
-def recorded_inputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a mapping that the next forward pass fills with each layer's input."""
-    inputs: dict[str, Tensor] = {}
+def recorded_ranks(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Yield a mapping that the next forward pass fills with the number of dimensions of each layer's input."""
+    ranks: dict[str, int] = {}
     with ExitStack() as stack:
         for name, module in layers.items():
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                inputs[name] = args[0].detach()
+                ranks[name] = args[0].dim()
 
             stack.callback(module.register_forward_pre_hook(hook).remove)
-        yield inputs
+        yield ranks
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: object) -> Tensor:

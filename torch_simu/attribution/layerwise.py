@@ -1,17 +1,19 @@
-"""Approximate attribution, layer by layer: scale one layer at all positions at once."""
+"""Approximate attribution: scale one layer, or all layers together, at all positions at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torch_simu.attribution.intervention import replaced_input
 from torch_simu.attribution.padded import PaddedRows, padded_rows
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.rows import Row
-from torch_simu.attribution.sums import LayerSum, attributed, scaled
+from torch_simu.attribution.site import Site
+from torch_simu.attribution.sums import LayerSum, path_sums
 
 
 def layerwise_sums(
@@ -26,32 +28,62 @@ def layerwise_sums(
         path: Objective and path points.
     """
     for name, module in layers.items():
-        total = torch.zeros((), dtype=torch.float64)
-        change = 0.0
-        for padded in padded_rows(model, rows, path.steps):
+        yield from _together(model, rows, {name: module}, path)
+
+
+def joint_sums(
+    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+) -> Iterator[tuple[str, LayerSum]]:
+    """Yield a rough sum of each layer, all on one path; the error reported for each is that of all together.
+
+    Args:
+        model: A causal language model, frozen.
+        rows: Sequences with samples.
+        layers: Name -> module.
+        path: Objective and path points.
+    """
+    yield from _together(model, rows, layers, path)
+
+
+def _together(
+    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+) -> Iterator[tuple[str, LayerSum]]:
+    sums: list[dict[str, LayerSum]] = []
+    for padded in padded_rows(model, rows, path.steps):
+        clean = None
+        if len(layers) > 1:
+            # A layer above a scaled one sees its effect: each is scaled from what it gets in a clean pass.
             with torch.no_grad():
-                ends, _, _ = _layer_values(model, name, module, padded, [0.0, 1.0], path)
-            change += (ends[1] - ends[0]).double().sum().item()
-            for alphas in padded.split(path.alphas):
-                values, leaf, activation = _layer_values(model, name, module, padded, alphas, path)
-                (gradient,) = torch.autograd.grad(values.sum(), leaf)
-                total = total + attributed(gradient, activation)
-        scores = total / path.steps
-        yield name, LayerSum(scores, scores.sum().item() - change)
+                _, clean = _values(model, layers, padded, None, path, [1.0])
+        sums.append(path_sums(partial(_values, model, layers, padded, clean, path), path, padded.chunks))
+    for name in layers:
+        yield name, sum((each[name] for each in sums[1:]), start=sums[0][name])
 
 
-def _layer_values(
-    model: nn.Module, name: str, module: nn.Module, padded: PaddedRows, alphas: list[float], path: Path
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F of each path point and sample, the scaled activations, and the clean ones."""
+def _values(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    padded: PaddedRows,
+    clean: Mapping[str, Site] | None,
+    path: Path,
+    alphas: list[float],
+    _: slice = slice(None),
+) -> tuple[Tensor, dict[str, Site]]:
+    """Return F of each path point and sample, and the scaled layers."""
     count, length = padded.ids.shape
-    found: dict[str, Tensor] = {}
-
-    def replace(activation: Tensor) -> Tensor:
-        found["activation"] = activation[:count].detach()
-        found["leaf"] = scaled(found["activation"], alphas)
-        return found["leaf"].flatten(0, 1)
-
-    with replaced_input(name, module, len(alphas) * count, length, replace):
+    sites = {}
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            sites[name] = Site(
+                name,
+                module,
+                len(alphas) * count,
+                length,
+                alphas,
+                pick=lambda whole: whole[:count],
+                place=lambda leaf, _: leaf.flatten(0, 1),
+                clean=None if clean is None else clean[name],
+            )
+            stack.enter_context(sites[name].scaled())
         values = padded.values(model, len(alphas), path)
-    return values, found["leaf"], found["activation"]
+    return values, sites

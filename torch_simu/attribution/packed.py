@@ -4,7 +4,9 @@ A sample changes one layer at the last position of its prefix, so all later laye
 One clean pass caches them; then the query of a sample sees the clean keys of its own row before it, and itself:
 
 $$\text{visible}(q, k) = [\text{row}_k = \text{row}_q] \; [\text{position}_k < \text{position}_q], \qquad
-\text{visible}(q, q) = 1.$$
+\text{visible}(q, q) = 1,$$
+
+and in layers with a sliding window or with chunks only what those leave of it.
 
 Rows are packed one behind the other, so nothing is padded. Below the changed layer all path points are equal: there one
 stream runs, which that layer's input turns into one stream per path point.
@@ -21,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.attribution.budget import byte_budget, bytes_per_token, chunk_sizes
-from torch_simu.attribution.intervention import accepts, device_of, logits_at, recorded_inputs, replaced_input
+from torch_simu.attribution.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
+from torch_simu.attribution.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
+from torch_simu.attribution.intervention import device_of, logits_at, recorded_ranks
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.rows import Row
-from torch_simu.attribution.sums import LayerSum, NotApplicableError, attributed, scaled
+from torch_simu.attribution.site import Site
+from torch_simu.attribution.sums import LayerSum, NotApplicableError, path_sums
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
-
-_ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def packed_sums(
@@ -47,44 +49,15 @@ def packed_sums(
     Raises:
         NotApplicableError: If the model's layers do more than full attention over these rows.
     """
-    check_packable(model, rows)
-    pack = _pack(model, rows, dict(layers))
+    check_cacheable(model)
+    check_masks(model)
+    pack = _pack(model, rows, layers)
+    clean = path.values(pack.clean[0], pack.targets).double().sum().item()
+    count = pack.queries.numel()
+    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, pack.cache_bytes, bytes_per_token(model))
     for name, module in layers.items():
-        yield name, _layer_sum(pack, name, module, path)
-
-
-def check_packable(model: nn.Module, rows: Sequence[Row]) -> None:
-    """Raise `NotApplicableError` where one pass over cached keys cannot equal one pass per prefix."""
-    config = getattr(model, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
-    check_cacheable(model, rows)
-    if implementation not in ("sdpa", "eager"):
-        wrong = f"The attention implementation is {implementation!r}"
-        raise NotApplicableError(problem(wrong, "'sdpa' or 'eager', which take a mask per query", _ADVICE))
-    if not accepts(model, "position_ids") or getattr(config, "alibi", False):
-        raise NotApplicableError(problem("The model takes no position_ids", "positions given per query", _ADVICE))
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        raise NotApplicableError(problem("The model builds its own local mask", "one that can be given", _ADVICE))
-
-
-def check_cacheable(model: nn.Module, rows: Sequence[Row]) -> None:
-    """Raise `NotApplicableError` where a position reads more, or less, than cached keys and values of its prefix."""
-    config = getattr(model, "config", None)
-    if not accepts(model, "past_key_values") or getattr(config, "is_encoder_decoder", False):
-        raise NotApplicableError(problem("The model has no key-value cache", "a causal transformer", _ADVICE))
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES
-    if kinds or getattr(model, "_is_stateful", False):
-        wrong = f"The model mixes positions by {', '.join(sorted(kinds)) or 'a recurrent state'}"
-        raise NotApplicableError(problem(wrong, "attention only", _ADVICE))
-    longest = max(map(len, rows))
-    for name in ("sliding_window", "attention_chunk_size", "window_size"):
-        window = getattr(config, name, None)
-        if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < longest:
-            wrong = f"The model's {name} {window} is shorter than the longest prefix, {longest} tokens"
-            raise NotApplicableError(problem(wrong, f"prefixes of at most {window} tokens", _ADVICE))
-
-
-_ADVICE = "Use method='prefix', which is exact and slower."
+        values = partial(_stream_values, pack, name, module, path)
+        yield name, path_sums(values, path, Chunks(*sizes), count, clean)[name]
 
 
 class _CacheLayer(Protocol):
@@ -103,17 +76,28 @@ class _Pack:
     targets: Tensor
     cache: DynamicCache
     cache_bytes: int
-    is_flat: dict[str, bool]
+    windows: dict[str, int]
+    ranks: dict[str, int]
     clean: Tensor
 
-    def mask(self, queries: Tensor) -> Tensor:
-        """Which of all clean keys, then of the queries themselves, each query sees."""
-        before = (self.row[queries, None] == self.row) & (self.position < self.position[queries, None])
+    def mask(self, queries: Tensor, kind: str) -> Tensor:
+        """Which of all clean keys, then of the queries themselves, each query sees in layers of a kind."""
+        before = _seen(self.row, self.position, queries, kind, self.windows)
+        before &= self.position < self.position[queries, None]
         own = torch.eye(queries.numel(), dtype=torch.bool, device=queries.device)
         return torch.cat([before, own], dim=1)
 
 
-def _pack(model: nn.Module, rows: Sequence[Row], layers: dict[str, nn.Module]) -> _Pack:
+def _seen(row: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Mapping[str, int]) -> Tensor:
+    same = row[queries, None] == row
+    if kind == "sliding_attention":
+        return same & (position[queries, None] - position < windows[kind])
+    if kind == "chunked_attention":
+        return same & (position[queries, None] // windows[kind] == position // windows[kind])
+    return same
+
+
+def _pack(model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> _Pack:
     # Imported here, because the package itself must not need transformers.
     from transformers import DynamicCache
 
@@ -126,28 +110,28 @@ def _pack(model: nn.Module, rows: Sequence[Row], layers: dict[str, nn.Module]) -
     queries = torch.cat([row.queries + start for row, start in zip(rows, starts.tolist(), strict=True)]).to(device)
     targets = torch.cat([row.targets for row in rows]).to(device)
     cache = DynamicCache()
-    visible = (index[:, None] == index) & (position <= position[:, None])
-    with recorded_inputs(layers) as inputs, torch.no_grad():
+    windows, everything = windows_of(model), torch.arange(len(ids), device=device)
+
+    def causal(kind: str) -> Tensor:
+        return _seen(index, position, everything, kind, windows) & (position <= position[:, None])
+
+    with recorded_ranks(layers) as ranks, torch.no_grad():
         clean = logits_at(
             model,
             queries,
             input_ids=ids[None],
             position_ids=position[None],
-            attention_mask=_mask_of(model, visible),
+            attention_mask=_masks(model, windows, causal),
             past_key_values=cache,
             use_cache=True,
         )
-    is_flat = {name: activation.dim() == 2 for name, activation in inputs.items()}
     cache_bytes = 0
     for layer in cast("list[_CacheLayer]", cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != ids.numel():
-            wrong = f"A layer caches {type(layer).__name__}"
-            raise NotApplicableError(problem(wrong, "keys and values of every position", _ADVICE))
+        keys, values = (cached(layer, name, ids.numel()) for name in ("keys", "values"))
         # The cache is only read from now on: every pass sees the clean keys and values, then its own.
         layer.update = partial(_joined, keys, values)
         cache_bytes += keys.nbytes + values.nbytes
-    return _Pack(model, ids, index, position, queries, targets, cache, cache_bytes, is_flat, clean)
+    return _Pack(model, ids, index, position, queries, targets, cache, cache_bytes, windows, ranks, clean)
 
 
 def _joined(
@@ -160,54 +144,32 @@ def _joined(
     )
 
 
-def _layer_sum(pack: _Pack, name: str, module: nn.Module, path: Path) -> LayerSum:
-    num_queries = pack.queries.numel()
-    streams, size = chunk_sizes(
-        byte_budget(pack.model), path.steps, num_queries, pack.cache_bytes, bytes_per_token(pack.model)
-    )
-    total = torch.zeros((), dtype=torch.float64)
-    change = 0.0
-    for start in range(0, num_queries, size):
-        part = slice(start, start + size)
-        change += path.values(pack.clean[0, part], pack.targets[part]).double().sum().item()
-        for first in range(0, path.steps, streams):
-            alphas = path.alphas[first : first + streams]
-            # The end of the path is measured on the way: one stream more costs less than a pass of its own.
-            ends = [0.0] if first == 0 else []
-            values, leaf, activation = _stream_values(pack, name, module, [*alphas, *ends], part, path)
-            change -= values[len(alphas) :].detach().double().sum().item()
-            (gradient,) = torch.autograd.grad(values[: len(alphas)].sum(), leaf)
-            total = total + attributed(gradient[: len(alphas)], activation)
-    scores = total / path.steps
-    return LayerSum(scores, scores.sum().item() - change)
-
-
 def _stream_values(
-    pack: _Pack, name: str, module: nn.Module, alphas: list[float], part: slice, path: Path
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F of each path point and query, the scaled activations, and the clean ones."""
+    pack: _Pack, name: str, module: nn.Module, path: Path, alphas: list[float], part: slice
+) -> tuple[Tensor, dict[str, Site]]:
+    """Return F of each path point and query, and the scaled layer."""
     queries, targets = pack.queries[part], pack.targets[part]
     # A layer that sees rows and tokens as one dimension cannot turn one stream into several.
-    streams = len(alphas) if pack.is_flat.get(name) else 1
-    found: dict[str, Tensor] = {}
-
-    def replace(activation: Tensor) -> Tensor:
-        found["activation"] = activation[0].detach()
-        found["leaf"] = scaled(activation[0], alphas)
-        return found["leaf"]
-
-    with replaced_input(name, module, streams, queries.numel(), replace):
+    streams = len(alphas) if pack.ranks.get(name) == 2 else 1
+    site = Site(name, module, streams, queries.numel(), alphas, lambda whole: whole[0], lambda leaf, _: leaf)
+    with site.scaled():
         logits = pack.model(
             input_ids=pack.ids[queries].expand(streams, -1),
             position_ids=pack.position[queries].expand(streams, -1),
-            attention_mask=_mask_of(pack.model, pack.mask(queries)),
+            attention_mask=_masks(pack.model, pack.windows, partial(pack.mask, queries)),
             past_key_values=pack.cache,
             use_cache=True,
         ).logits
     if logits.shape[:2] != (len(alphas), queries.numel()):
         wrong = f"Layer {name!r} with {len(alphas)} path points gives logits of shape {tuple(logits.shape)}"
-        raise NotApplicableError(problem(wrong, f"({len(alphas)}, {queries.numel()}, vocabulary)", _ADVICE))
-    return path.values(logits, targets), found["leaf"], found["activation"]
+        raise NotApplicableError(problem(wrong, f"({len(alphas)}, {queries.numel()}, vocabulary)", ADVICE))
+    return path.values(logits, targets), {name: site}
+
+
+def _masks(model: nn.Module, windows: Mapping[str, int], visible: Callable[[str], Tensor]) -> object:
+    """Return the mask as the model's attention takes it, or one for each kind of layer where there are several."""
+    masks = {kind: _mask_of(model, visible(kind)) for kind in windows}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _mask_of(model: nn.Module, visible: Tensor) -> Tensor:

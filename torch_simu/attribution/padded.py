@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torch_simu.attribution.budget import byte_budget, bytes_per_token
+from torch_simu.attribution.budget import Chunks, byte_budget, bytes_per_token
 from torch_simu.attribution.intervention import device_of
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.rows import Row
@@ -24,24 +24,19 @@ class PaddedRows:
         row: Row of each sample. Shape: `(num_samples,)`.
         query: Last position of each sample's prefix. Shape: `(num_samples,)`.
         targets: Shape: `(num_samples,)`.
-        steps: Path points that fit into one pass.
+        chunks: How many path points fit into one pass.
     """
 
     ids: Tensor
     row: Tensor
     query: Tensor
     targets: Tensor
-    steps: int
+    chunks: Chunks
 
     def values(self, model: nn.Module, streams: int, path: Path) -> Tensor:
         """Return F of each stream and sample. Shape: `(streams, num_samples)`."""
         logits = model(input_ids=self.ids.repeat(streams, 1), use_cache=False).logits
         return path.values(logits.reshape(streams, *self.ids.shape, -1)[:, self.row, self.query], self.targets)
-
-    def split(self, alphas: list[float]) -> Iterator[list[float]]:
-        """Yield the path points, as many at once as fit into a pass."""
-        for first in range(0, len(alphas), self.steps):
-            yield alphas[first : first + self.steps]
 
 
 def padded_rows(model: nn.Module, rows: Sequence[Row], steps: int) -> Iterator[PaddedRows]:
@@ -58,5 +53,5 @@ def padded_rows(model: nn.Module, rows: Sequence[Row], steps: int) -> Iterator[P
             index.to(device),
             torch.cat([row.queries for row in group]).to(device),
             torch.cat([row.targets for row in group]).to(device),
-            max(1, min(steps, tokens // (len(group) * longest))),
+            Chunks(max(1, min(steps + 2, tokens // (len(group) * longest))), 1),
         )

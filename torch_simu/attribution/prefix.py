@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torch_simu.attribution.budget import byte_budget, bytes_per_token
-from torch_simu.attribution.intervention import device_of, logits_at, replaced_input
+from torch_simu.attribution.budget import Chunks, byte_budget, bytes_per_token
+from torch_simu.attribution.intervention import device_of, logits_at
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.rows import Row
-from torch_simu.attribution.sums import LayerSum, attributed, scaled
+from torch_simu.attribution.site import Site
+from torch_simu.attribution.sums import LayerSum, path_sums
 
 
 def prefix_sums(
@@ -25,23 +27,16 @@ def prefix_sums(
         layers: Name -> module.
         path: Objective and path points.
     """
-    per_token = bytes_per_token(model)
-    budget = byte_budget(model)
+    tokens = max(1, byte_budget(model) // bytes_per_token(model))
     for name, module in layers.items():
-        total = torch.zeros((), dtype=torch.float64)
-        change = 0.0
+        sums = []
         for ids, targets in prefixes(rows, device_of(model)):
-            size = max(1, budget // (per_token * ids.numel()))
-            with torch.no_grad():
-                ends, _, _ = _prefix_values(model, name, module, ids, targets, [0.0, 1.0], path)
-            change += (ends[1] - ends[0]).double().sum().item()
-            for first in range(0, path.steps, size):
-                alphas = path.alphas[first : first + size]
-                values, leaf, activation = _prefix_values(model, name, module, ids, targets, alphas, path)
-                (gradient,) = torch.autograd.grad(values.sum(), leaf)
-                total = total + attributed(gradient, activation)
-        scores = total / path.steps
-        yield name, LayerSum(scores, scores.sum().item() - change)
+            count, length = ids.shape
+            values = partial(_prefix_values, model, name, module, ids, targets, path)
+            points = max(1, min(path.steps + 2, tokens // (count * length)))
+            chunks = Chunks(points, max(1, min(count, tokens // (points * length))))
+            sums.append(path_sums(values, path, chunks, count)[name])
+        yield name, sum(sums[1:], start=sums[0])
 
 
 def prefixes(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,19 +51,24 @@ def prefixes(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[Tensor
 
 
 def _prefix_values(
-    model: nn.Module, name: str, module: nn.Module, ids: Tensor, targets: Tensor, alphas: list[float], path: Path
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F of each path point and prefix, the scaled activations, and the clean ones."""
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    ids: Tensor,
+    targets: Tensor,
+    path: Path,
+    alphas: list[float],
+    part: slice,
+) -> tuple[Tensor, dict[str, Site]]:
+    """Return F of each path point and prefix, and the scaled layer."""
+    ids, targets = ids[part], targets[part]
     count, length = ids.shape
-    found: dict[str, Tensor] = {}
 
-    def replace(activation: Tensor) -> Tensor:
-        found["activation"] = activation[:count, -1].detach()
-        found["leaf"] = scaled(found["activation"], alphas)
-        return torch.cat([activation[:, :-1], found["leaf"].flatten(0, 1)[:, None]], dim=1)
+    def place(leaf: Tensor, whole: Tensor) -> Tensor:
+        return torch.cat([whole[:, :-1], leaf.flatten(0, 1)[:, None]], dim=1)
 
-    with replaced_input(name, module, len(alphas) * count, length, replace):
+    site = Site(name, module, len(alphas) * count, length, alphas, lambda whole: whole[:count, -1], place)
+    with site.scaled():
         last = torch.tensor([length - 1], device=ids.device)
         logits = logits_at(model, last, input_ids=ids.repeat(len(alphas), 1), use_cache=False)
-    values = path.values(logits[:, 0].reshape(len(alphas), count, -1), targets)
-    return values, found["leaf"], found["activation"]
+    return path.values(logits[:, 0].reshape(len(alphas), count, -1), targets), {name: site}

@@ -13,7 +13,7 @@ from torch_simu._checks import problem
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.prefix import prefix_sums
 from torch_simu.attribution.rows import Row
-from torch_simu.attribution.sums import Method
+from torch_simu.attribution.sums import Method, NotApplicableError
 
 _TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float64: 1e-8, torch.float32: 1e-3})
 _LOW_PRECISION_TOLERANCE = 0.1
@@ -26,7 +26,9 @@ def fastest_exact(
     path: Path,
     candidates: Mapping[str, Method],
 ) -> str:
-    """Return the name of the first candidate that agrees with "prefix" on a spot check, else "prefix" with a warning.
+    """Return the name of the first candidate that agrees with "prefix" on a spot check, else "prefix".
+
+    That a candidate does not apply to the model is no news while another one does; anything else is worth a warning.
 
     The check costs as much as "prefix" on four samples, two layers and two path points.
 
@@ -38,27 +40,34 @@ def fastest_exact(
         candidates: Name -> method, the fastest first.
 
     Warns:
-        UserWarning: If no candidate agrees; the message names the model and each candidate's error.
+        UserWarning: If no candidate agrees, or one that applies does not; the message names the model and each
+            candidate's error.
     """
     few_rows, few_layers = _few(rows, layers)
     few_path = Path(path.objective, path.rule, 2)
     expected = {name: found.scores for name, found in prefix_sums(model, few_rows, few_layers, few_path)}
-    problems = []
+    problems: dict[str, bool] = {}
+    chosen = "prefix"
     for name, method in candidates.items():
         try:
             found = {layer: sums.scores for layer, sums in method(model, few_rows, few_layers, few_path)}
+        except NotApplicableError as error:
+            problems[f"{name} does not apply ({error})"] = False
+            continue
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             # Models fail in many ways on arguments that they do not foresee; the definition remains.
-            problems.append(f"{name} fails ({error})")
+            problems[f"{name} fails ({error})"] = True
             continue
         worst = max(_relative_error(found[layer], expected[layer]) for layer in few_layers)
         if worst <= _tolerance(model):
-            return name
-        problems.append(f"{name} is off by a factor of {worst:.2g}")
-    wrong = f"For {type(model).__name__}, {' and '.join(problems)}"
-    text = problem(wrong, "agreement with one pass per prefix", "Method 'prefix' is used, which is exact and slower.")
-    warnings.warn(text, UserWarning, stacklevel=4)
-    return "prefix"
+            chosen = name
+            break
+        problems[f"{name} is off by a factor of {worst:.2g}"] = True
+    if chosen == "prefix" or any(problems.values()):
+        wrong = f"For {type(model).__name__}, {' and '.join(problems)}"
+        text = problem(wrong, "agreement with one pass per prefix", f"Method {chosen!r} is used.")
+        warnings.warn(text, UserWarning, stacklevel=4)
+    return chosen
 
 
 def _few(rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> tuple[list[Row], dict[str, nn.Module]]:

@@ -1,14 +1,17 @@
-"""Find the layers whose inputs are neurons, and say which dimension of their weight the neurons are."""
+"""Find the layers with neurons by name: the user's pattern, the table of known models, the tensor-parallel plan."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 from torch import nn
 
 from torch_simu._checks import problem
+from torch_simu.layers.kinds import is_fused_experts, is_neuron_layer, num_neurons
+from torch_simu.layers.probe import probed_projections
 
 Selector = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """How layers are named: a regular expression for the end of the name, a predicate on (name, module), or the names."""
@@ -35,39 +38,13 @@ _FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "gpt_neo": (r"mlp\.c_proj", r"attn\.attention\.(?:[qkv]|out)_proj"),
         "opt": (r"layers\.\d+\.fc2", r"self_attn\.(?:[qkv]|out)_proj"),
         "mpt": (r"ffn\.down_proj", r"attn\.(?:Wqkv|out_proj)"),
+        **dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), (r"mlp\.experts", _LLAMA[1])),
+        # Some of its blocks may be dense.
+        "qwen3_moe": (r"mlp\.(?:experts|down_proj)", _LLAMA[1]),
+        # Its blocks without attention mix positions by a recurrence, whose projections are no attention.
+        "recurrent_gemma": (r"mlp_block\.down_proj", r"temporal_block\.[qkvo]_proj"),
     }
 )
-
-
-def is_neuron_layer(module: nn.Module) -> bool:
-    """Say whether the inputs of `module` are neurons: `nn.Linear`, its quantized kinds, or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def neuron_dim(module: nn.Module) -> int:
-    """Return the dimension of `module.weight` that the neurons are: -1 for linear layers, 0 for GPT-2's `Conv1D`.
-
-    Raises:
-        TypeError: If `module` is no such layer.
-
-    Examples:
-        >>> neuron_dim(nn.Linear(4, 2))
-        -1
-    """
-    return 0 if _is_conv1d(_checked(module)) else -1
-
-
-def num_neurons(module: nn.Module) -> int:
-    """Return the number of input features of a linear layer, also where its weight is packed.
-
-    Raises:
-        TypeError: If `module` is no such layer.
-
-    Examples:
-        >>> num_neurons(nn.Linear(4, 2))
-        4
-    """
-    return int(getattr(_checked(module), "nx" if _is_conv1d(module) else "in_features"))
 
 
 def select_layers(model: nn.Module, select: Selector | None = None) -> dict[str, nn.Module]:
@@ -111,14 +88,18 @@ def select_layers(model: nn.Module, select: Selector | None = None) -> dict[str,
 def down_projections(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
     """Return the MLP down projections, whose input features are the model's neurons.
 
+    Without a pattern the layers come from a table by model type and from the model's tensor-parallel plan, which must
+    agree. A model that is in neither, or in the plan alone, is run once on a few tokens to see which layers mix
+    positions, and that must agree with the plan. Experts that are fused into one parameter are one layer.
+
     Args:
         model: A causal language model of transformers, or any module with a `pattern`.
         pattern: Regular expression for the end of the layer names, for models that are not in the table.
 
     Raises:
-        ValueError: If the model is not known, nothing matches (the message lists the candidate layers), or the model
-            has experts fused into one parameter and no `pattern` says which other layers are meant.
-        TypeError: If a matching layer is neither linear nor `Conv1D`.
+        ValueError: If the model is not known, the answers differ (the message names both), or nothing matches (the
+            message lists the candidate layers).
+        TypeError: If a matching layer has no neurons.
     """
     return _projections(model, pattern, 0, "MLP down projections")
 
@@ -129,28 +110,49 @@ def attention_projections(model: nn.Module, pattern: str | None = None) -> dict[
 
 
 def _projections(model: nn.Module, pattern: str | None, which: int, what: str) -> dict[str, nn.Module]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if pattern is None:
-        if which == 0:
-            _refuse_fused_experts(model)
-        pattern = _known_pattern(model, model_type, which)
-    if pattern is None:
-        wrong = f"The {what} of {type(model).__name__} (model type {model_type!r}) are not known"
-        raise ValueError(problem(wrong, f"one of {', '.join(_FAMILIES)}, or a pattern", _candidates(model)))
+    names = _known(model, which, what) if pattern is None else _matching(model, pattern)
     # Modules that only hold the projection (an attached or wrapped layer inside) are not matched by the end of a name.
-    found = {name: module for name, module in model.named_modules() if _ends_with(name, pattern)}
+    found = {name: module for name, module in model.named_modules() if name in names}
     if not found:
         raise ValueError(problem(f"No layer matches {pattern!r} for {what}", "at least one", _candidates(model)))
     for name, module in found.items():
-        if not is_neuron_layer(module):
-            raise TypeError(problem(f"Layer {name!r} is a {type(module).__name__}", "nn.Linear or Conv1D"))
+        if not is_neuron_layer(module) and not is_fused_experts(module):
+            raise TypeError(
+                problem(f"Layer {name!r} is a {type(module).__name__}", "nn.Linear, Conv1D or fused experts")
+            )
     return found
 
 
-def _known_pattern(model: nn.Module, model_type: object, which: int) -> str | None:
-    if isinstance(model_type, str) and model_type in _FAMILIES:
-        return _FAMILIES[model_type][which]
-    # The tensor-parallel plan shards the inputs of exactly the layers that sum over neurons or heads ("rowwise").
+def _known(model: nn.Module, which: int, what: str) -> set[str]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    table = _FAMILIES[model_type][which] if isinstance(model_type, str) and model_type in _FAMILIES else None
+    answers: dict[str, set[str]] = {}
+    if table is not None:
+        answers["the table of known models"] = _matching(model, table)
+    # The plan leaves out how queries, keys and values are cut where that is not by columns: it only settles the MLPs.
+    if planned := _planned(model, which):
+        answers["the tensor-parallel plan"] = planned
+    # What mixes positions in a model with a recurrent state is not attention alone.
+    if table is None and not (which == 1 and getattr(model, "_is_stateful", False)):
+        # Models fail in many ways on a call that they do not foresee, and a plan may stand alone.
+        with suppress(ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError):
+            answers["a run on a few tokens"] = probed_projections(model)[which]
+    answers = {source: names for source, names in answers.items() if names}
+    if not answers:
+        wrong = f"The {what} of {type(model).__name__} (model type {model_type!r}) are not known"
+        raise ValueError(problem(wrong, f"one of {', '.join(_FAMILIES)}, or a pattern", _candidates(model)))
+    (first, names), *others = answers.items()
+    for other, theirs in others:
+        if theirs != names and (which == 0 or not theirs <= names):
+            example = sorted(names ^ theirs)[0]
+            sides = f"{first} and {other} differ on {len(names ^ theirs)} {what} of {type(model).__name__}"
+            wrong = f"{sides[0].upper()}{sides[1:]}: {example!r} is in {first if example in names else other} only"
+            raise ValueError(problem(wrong, "the same answer", _candidates(model)))
+    return names
+
+
+def _planned(model: nn.Module, which: int) -> set[str]:
+    """The layers that the tensor-parallel plan cuts along their inputs ("rowwise"): those that sum over neurons."""
     plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}
     attention = re.compile(r"attn|attention")
     keys = [
@@ -158,17 +160,20 @@ def _known_pattern(model: nn.Module, model_type: object, which: int) -> str | No
         for key, style in plan.items()
         if "wise" in style and ("rowwise" in style or which == 1) and bool(attention.search(key)) == bool(which)
     ]
-    # A plan key such as layers.*.mlp.experts.down_proj names a fused parameter, which is no layer.
-    keys = [key for key in keys if "expert" not in key]
-    return "|".join(re.escape(key).replace(r"\*", r"\d+") for key in keys) or None
+    # A key such as layers.*.mlp.experts.down_proj names a parameter; the layer is the module that holds it.
+    keys = [re.sub(r"(\bexperts)\.down_proj$", r"\1", key) for key in keys]
+    pattern = "|".join(re.escape(key).replace(r"\*", r"\d+") for key in keys)
+    modules = dict(model.named_modules())
+    # A key with "norm" may be there for attention too, and holds no neurons.
+    return {name for name in _matching(model, pattern) if _has_neurons(modules[name])} if keys else set()
 
 
-def _refuse_fused_experts(model: nn.Module) -> None:
-    # The dense layers beside the experts would be found alone, and that would look like the whole model.
-    for name, param in model.named_parameters():
-        if param.dim() == 3 and re.search(r"\bexperts\b.*\bdown_proj", name):
-            wrong = f"The experts' down projections are fused into the parameter {name!r} of shape {tuple(param.shape)}"
-            raise ValueError(problem(wrong, "one linear layer each", _candidates(model)))
+def _has_neurons(module: nn.Module) -> bool:
+    return is_neuron_layer(module) or is_fused_experts(module)
+
+
+def _matching(model: nn.Module, pattern: str) -> set[str]:
+    return {name for name, _ in model.named_modules() if _ends_with(name, pattern)}
 
 
 def _ends_with(name: str, pattern: str) -> bool:
@@ -178,21 +183,10 @@ def _ends_with(name: str, pattern: str) -> bool:
         raise ValueError(problem(f"The pattern {pattern!r} is invalid ({error})", "a regular expression")) from None
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name, because transformers must not be imported for models that do not come from there.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nx") and hasattr(module, "nf")
-
-
-def _checked(module: nn.Module) -> nn.Module:
-    if not is_neuron_layer(module):
-        raise TypeError(problem(f"The layer is a {type(module).__name__}", "nn.Linear or Conv1D"))
-    return module
-
-
 def _candidates(model: nn.Module) -> str:
     groups: dict[str, int] = {}
     for name, module in model.named_modules():
-        if is_neuron_layer(module):
+        if _has_neurons(module):
             key = re.sub(r"\b\d+\b", "*", name) or "(the module itself)"
             groups[key] = max(groups.get(key, 0), num_neurons(module))
     listed = ", ".join(f"{name} ({size} inputs)" for name, size in list(groups.items())[:20]) or "none"

@@ -1,0 +1,28 @@
+"""Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
+
+from torch_simu.layers.kinds import (
+    NeuronDim,
+    d_model,
+    is_fused_experts,
+    is_neuron_layer,
+    neuron_dim,
+    neuron_weight,
+    num_neurons,
+)
+from torch_simu.layers.probe import probed_projections
+from torch_simu.layers.projections import Selector, attention_projections, down_projections, select_layers
+
+__all__ = [
+    "NeuronDim",
+    "Selector",
+    "attention_projections",
+    "d_model",
+    "down_projections",
+    "is_fused_experts",
+    "is_neuron_layer",
+    "neuron_dim",
+    "neuron_weight",
+    "num_neurons",
+    "probed_projections",
+    "select_layers",
+]
