@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests import distributed_attribution
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.unlearning.data import Example
 from torch_simu.unlearning.refresh import CurvatureRefresh
@@ -365,6 +366,7 @@ SCENARIOS = [
     another_selection_keeps_the_state_of_common_neurons,
     the_selection_of_one_process_reaches_all,
     mutants_break_the_law,
+    *distributed_attribution.SCENARIOS,
 ]
 
 

@@ -155,3 +155,56 @@ def test_path_points_follow_the_rule() -> None:
     assert AttributionPath(rule="midpoint", steps=2).alphas == [0.25, 0.75]
     assert AttributionPath(rule="right", steps=2).alphas == [0.5, 1.0]
     assert AttributionPath(rule="left", steps=2).alphas == [0.0, 0.5]
+
+
+@given(seeds, st.floats(0.05, 0.95), st.sampled_from(["layer", "global"]), st.sampled_from(["select", "top"]))
+def test_dual_neurons_are_kept_dropped_or_isolated(seed: int, amount: float, scope: str, rule: str) -> None:
+    forget, retain = drawn(seed), drawn(seed + 10)
+    for each in (forget, retain):
+        for scores in each.scores.values():
+            scores[0] = scores.abs().max() + 1
+    mine, theirs = (getattr(each, rule)(amount, scope) for each in (forget, retain))
+    found = {
+        dual: getattr(forget, rule)(amount, scope, retain=retain, dual=dual) for dual in ("keep", "drop", "isolate")
+    }
+    for layer in forget.scores:
+        critical, also = set(mine[layer].tolist()), set(theirs[layer].tolist())
+        assert set(found["keep"][layer].tolist()) == critical
+        assert set(found["drop"][layer].tolist()) == critical - also
+        assert set(found["isolate"][layer].tolist()) == critical & also
+
+
+def test_an_unknown_way_with_dual_neurons_and_other_layers_are_refused() -> None:
+    one = attribution(a=[1.0, 2.0])
+    with pytest.raises(ValueError, match="dual is 'dropped', expected one of 'keep', 'drop', 'isolate'"):
+        one.top(0.5, retain=one, dual="dropped")
+    for call in (lambda: one.select(retain=attribution(b=[1.0])), lambda: one + attribution(a=[1.0]),
+                 lambda: one.stability(attribution(b=[1.0]))):  # fmt: skip
+        with pytest.raises(ValueError, match="The layers differ in"):
+            call()
+
+
+@given(seeds, seeds, st.sampled_from(["layer", "global"]), st.sampled_from([0.2, 0.5, 1.0]))
+def test_stability_is_the_share_of_top_neurons_in_both(one: int, two: int, scope: str, fraction: float) -> None:
+    first, second = drawn(one), drawn(two)
+    pairs = [
+        {(layer, int(index)) for layer, indices in each.top(fraction, scope).items() for index in indices}
+        for each in (first, second)
+    ]
+    assert first.stability(second, fraction, scope) == pytest.approx(len(pairs[0] & pairs[1]) / len(pairs[0]))
+    assert first.stability(first, fraction, scope) == 1.0
+
+
+def test_stability_of_no_neuron_is_refused() -> None:
+    one = attribution(a=[1.0, 2.0])
+    with pytest.raises(ValueError, match="fraction 0.1 selects no neuron, expected at least one"):
+        one.stability(one, 0.1)
+
+
+def test_a_sum_counts_the_samples_of_both() -> None:
+    total = attribution(a=[1.0, 2.0]) + attribution(a=[3.0, -2.0])
+    assert total.scores["a"].tolist() == [4.0, 0.0]
+    assert (total.num_samples, total.delta["a"]) == (6, 0.5)
+    assert total.provenance == {"sum": [{"objective": "logprob"}] * 2}
+    with pytest.raises(TypeError):
+        attribution(a=[1.0]) + 1

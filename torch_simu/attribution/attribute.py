@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_simu._checks import check_choice
@@ -20,6 +21,7 @@ from torch_simu.attribution.path import Objective, Path, Rule
 from torch_simu.attribution.prefix import prefix_sums
 from torch_simu.attribution.result import Attribution
 from torch_simu.attribution.rows import Row, collect_rows, data_hash
+from torch_simu.attribution.sharing import added_up, share_of
 from torch_simu.attribution.spot_check import fastest_exact
 from torch_simu.attribution.sums import Method
 from torch_simu.layers import Selector, num_neurons, select_layers
@@ -53,6 +55,7 @@ def attribute_neurons(
     method: MethodName = "auto",
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Attribution:
     r"""Attribute next-token predictions to the neurons of each layer, exactly and completely.
 
@@ -82,14 +85,17 @@ def attribute_neurons(
             and "joint" are rough: they change all positions, or all positions and layers, at once.
         resume: A file for partial sums, written every ten seconds and when an exception interrupts. A call with the
             same arguments goes on from there; the file is deleted when the result is complete.
-        progress: Called with (done, total), counted in samples times layers.
+        progress: Called with (done, total), counted in samples times layers; with `group`, in those of this process.
+        group: Processes that share the samples, each with the whole model and all batches; every one gets the sums over
+            all. `resume` must name a file for each. None: this process attributes everything.
 
     Returns:
         Scores of every neuron, `delta` of every layer, and provenance.
 
     Raises:
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
-            cannot be exact on this model, or `resume` holds another attribution.
+            cannot be exact on this model, `resume` holds another attribution, or the processes of `group` were given
+            different things.
         TypeError: If a batch is no mapping of whole-number tensors.
         KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
 
@@ -121,11 +127,14 @@ def attribute_neurons(
             "method": chosen,
             "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "model": config_hash(model),
+            "weights": weights_hash(model),
             "data": data_hash(rows),
         }
         configuration = {**provenance, "layers": list(layers)}
-        if resume is not None:
-            configuration["weights"] = weights_hash(model)
+        mine = rows
+        if group is not None:
+            mine = share_of(rows, repr(configuration), group)
+            configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
         checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
         fresh = Partial(
@@ -133,13 +142,16 @@ def attribute_neurons(
         )
         partial = checkpoint.load(fresh)
         try:
-            _add_rows(model, rows, layers, path, _METHODS[chosen], partial, checkpoint, progress)
+            _add_rows(model, mine, layers, path, _METHODS[chosen], partial, checkpoint, progress)
         except BaseException:
             checkpoint.save(partial, now=True)
             raise
+    scores, delta = partial.scores, partial.delta
+    if group is not None:
+        scores, delta = added_up(scores, delta, group)
     checkpoint.remove()
     num_samples = sum(row.num_samples for row in rows)
-    return Attribution(partial.scores, partial.delta, num_samples, provenance)
+    return Attribution(scores, delta, num_samples, provenance)
 
 
 def _chosen(model: nn.Module, rows: list[Row], layers: Mapping[str, nn.Module], path: Path) -> MethodName:

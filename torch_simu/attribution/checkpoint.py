@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
@@ -90,9 +91,10 @@ def config_hash(model: nn.Module) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the sha256 of all parameters and buffers, bit by bit."""
+    """Return the sha256 of all parameters and buffers, bit by bit; of sharded ones, of this process's shards."""
     digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, whole in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = whole.to_local() if isinstance(whole, DTensor) else whole
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":
             # Bytes, because numpy has no bfloat16.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -18,8 +18,12 @@ from torch_simu.neurons import NeuronSelection
 Scope = Literal["layer", "global"]
 """Where neurons compete: within their layer, or with those of all layers."""
 
+Dual = Literal["keep", "drop", "isolate"]
+"""What becomes of dual neurons, critical for both sets: they stay, they go, or they alone are selected."""
+
 _KIND = "Attribution"
 _SCOPES = ("layer", "global")
+_DUALS = ("keep", "drop", "isolate")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,19 +56,47 @@ class Attribution:
         total = sum(score.numel() for score in self.scores.values())
         return f"Attribution({len(self.scores)} layers, {total} neurons, {self.num_samples} samples)"
 
-    def select(self, threshold: float = 0.3, scope: Scope = "layer") -> NeuronSelection:
+    def __add__(self, other: Attribution) -> Attribution:
+        """Return the attribution of the samples of both.
+
+        Raises:
+            ValueError: If the layers differ.
+        """
+        if not isinstance(other, Attribution):
+            return NotImplemented
+        self._check_layers(other)
+        scores = {layer: score + other.scores[layer] for layer, score in self.scores.items()}
+        delta = {layer: error + other.delta[layer] for layer, error in self.delta.items() if layer in other.delta}
+        provenance: dict[str, object] = {"sum": [dict(self.provenance), dict(other.provenance)]}
+        return Attribution(scores, delta, self.num_samples + other.num_samples, provenance)
+
+    def select(
+        self,
+        threshold: float = 0.3,
+        scope: Scope = "layer",
+        *,
+        retain: Attribution | None = None,
+        dual: Dual = "keep",
+    ) -> NeuronSelection:
         """Select the neurons whose score exceeds a share of the largest score.
 
         Args:
             threshold: The share, strictly between 0 and 1.
-            scope: "layer" compares with the layer's largest score, as in the paper; "global" with the largest of all.
+            scope: "layer" compares with the layer's largest score, as in the paper; "global" with the largest of all,
+                as in DEPN.
+            retain: Scores of the same layers on the retain set. The neurons that the same rule selects there, too, are
+                dual.
+            dual: Whether to keep dual neurons, as in the paper, to drop them, or to select them alone.
 
         Returns:
             The critical neurons. Empty, with a warning, where the largest score is not positive.
 
         Raises:
-            ValueError: If the threshold is not in (0, 1), the scope is unknown, or a score is not finite.
+            ValueError: If the threshold is not in (0, 1), the scope or `dual` is unknown, the layers differ, or a score
+                is not finite.
         """
+        if retain is not None:
+            return self._parted(retain, dual, lambda each: each.select(threshold, scope))
         check_number("threshold", threshold, high=1.0, low_open=True, high_open=True)
         check_choice("scope", scope, _SCOPES)
         self._check_finite()
@@ -79,16 +111,23 @@ class Attribution:
             {layer: (score > threshold * largest[layer]) & (score > 0) for layer, score in self.scores.items()}
         )
 
-    def top(self, fraction: float, scope: Scope = "layer") -> NeuronSelection:
+    def top(
+        self, fraction: float, scope: Scope = "layer", *, retain: Attribution | None = None, dual: Dual = "keep"
+    ) -> NeuronSelection:
         """Select the neurons with the highest scores; of equal scores, the lower index.
 
         Args:
             fraction: Share of the neurons, rounded to the nearest count.
-            scope: "layer" takes the share of each layer; "global" of all neurons together.
+            scope: "layer" takes the share of each layer; "global" of all neurons together, a budget for the model.
+            retain: As in `select`.
+            dual: As in `select`.
 
         Raises:
-            ValueError: If the fraction is not in [0, 1], the scope is unknown, or a score is not finite.
+            ValueError: If the fraction is not in [0, 1], the scope or `dual` is unknown, the layers differ, or a score
+                is not finite.
         """
+        if retain is not None:
+            return self._parted(retain, dual, lambda each: each.top(fraction, scope))
         check_number("fraction", fraction, high=1.0)
         check_choice("scope", scope, _SCOPES)
         self._check_finite()
@@ -119,14 +158,37 @@ class Attribution:
             >>> forget.contrast(retain).scores["mlp"]
             tensor([-0.5000,  0.5000], dtype=torch.float64)
         """
-        mine, theirs = ({layer: len(score) for layer, score in each.scores.items()} for each in (self, other))
-        if mine != theirs:
-            different = dict(sorted(mine.items() ^ theirs.items()))
-            raise ValueError(problem(f"The layers differ in {different}", "attributions of the same model and layers"))
+        self._check_layers(other)
         self._check_finite()
         other._check_finite()
         scores = {layer: _relative(self.scores[layer]) - _relative(other.scores[layer]) for layer in self.scores}
         return Attribution(scores, {}, self.num_samples, {"contrast": [dict(self.provenance), dict(other.provenance)]})
+
+    def stability(self, other: Attribution, fraction: float = 0.1, scope: Scope = "layer") -> float:
+        """Return the share of the top neurons that are among the other's top neurons, too.
+
+        Attribute two halves of the forget set: where their top neurons differ, a selection follows the sample more than
+        the set. By chance the share is `fraction`. `a.top(fraction) & b.top(fraction)` are the stable neurons.
+
+        Args:
+            other: Scores of the same layers on other samples.
+            fraction: As in `top`.
+            scope: As in `top`.
+
+        Raises:
+            ValueError: As in `top`, and if no neuron is selected.
+
+        Examples:
+            >>> one = Attribution({"mlp": torch.tensor([3.0, 2.0, 1.0, 0.0]).double()}, {}, 1, {})
+            >>> two = Attribution({"mlp": torch.tensor([3.0, 0.0, 1.0, 2.0]).double()}, {}, 1, {})
+            >>> one.stability(two, 0.5)
+            0.5
+        """
+        self._check_layers(other)
+        mine = self.top(fraction, scope)
+        if not mine.num_selected:
+            raise ValueError(problem(f"fraction {fraction} selects no neuron", "at least one", "Take a larger one."))
+        return (mine & other.top(fraction, scope)).num_selected / mine.num_selected
 
     def save(self, path: str | Path) -> None:
         """Write the attribution to `path` (safetensors with a JSON header), whole or not at all."""
@@ -153,6 +215,20 @@ class Attribution:
             cast("int", header["num_samples"]),
             cast("dict[str, object]", header["provenance"]),
         )
+
+    def _parted(
+        self, retain: Attribution, dual: str, rule: Callable[[Attribution], NeuronSelection]
+    ) -> NeuronSelection:
+        check_choice("dual", dual, _DUALS)
+        self._check_layers(retain)
+        mine, theirs = rule(self), rule(retain)
+        return {"keep": mine, "drop": mine - theirs, "isolate": mine & theirs}[dual]
+
+    def _check_layers(self, other: Attribution) -> None:
+        mine, theirs = ({layer: len(score) for layer, score in each.scores.items()} for each in (self, other))
+        if mine != theirs:
+            different = dict(sorted(mine.items() ^ theirs.items()))
+            raise ValueError(problem(f"The layers differ in {different}", "attributions of the same model and layers"))
 
     def _check_finite(self) -> None:
         for layer, score in self.scores.items():
