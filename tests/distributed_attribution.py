@@ -18,7 +18,9 @@ def shared_attribution_equals_that_of_one_process(rank: int, folder: Path) -> No
         batches = [padded_batch(sequences(2, num_rows), "right")]
         calls: list[tuple[int, int]] = []
         expected = attribute_neurons(model, batches, steps=2)
-        found = attribute_neurons(model, batches, steps=2, group=group, progress=lambda *call, to=calls: to.append(call))
+        found = attribute_neurons(
+            model, batches, steps=2, group=group, progress=lambda *call, to=calls: to.append(call)
+        )
         assert found.num_samples == expected.num_samples
         assert found.provenance == expected.provenance
         for layer, scores in expected.scores.items():
