@@ -28,9 +28,10 @@ def register_neuron_hooks(
 ) -> NeuronHooks:
     r"""Capture what flows into layers, and the gradient that flows back, for as long as the hooks are registered.
 
-    A *neuron* is one input feature of a layer: an entry of the last dimension of its input, but a channel of
-    `nn.Conv1d` to `nn.ConvTranspose3d`, dimension 1 of `(batch, channel, ...)`. A *position* is one entry of all other
-    dimensions (batch and token, batch and pixel). With $a_{pk}$ the activation of neuron $k$ at position $p$ and $g_{pk}$ the gradient of whatever `backward` is
+    A *neuron* is one input feature of a layer: an entry of the last dimension of its input, but in front of a
+    convolution (`nn.Conv1d` to `nn.ConvTranspose3d`) a channel. A *position* is an entry of all other dimensions:
+    batch and token, or batch and pixel.
+    With $a_{pk}$ the activation of neuron $k$ at position $p$ and $g_{pk}$ the gradient of whatever `backward` is
     called on with respect to it, *as this layer uses it* (other consumers of the same tensor do not count), the sums
     over positions, calls and backward passes are:
 
@@ -122,7 +123,7 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     @property
     def position_mask(self) -> Tensor | None:
-        """Which positions count from the next forward on, a bool tensor of the input's shape without neurons; None: all."""
+        """Which positions count from the next forward on, in the shape of the input without neurons; None: all."""
         return self._position_mask
 
     @position_mask.setter
