@@ -85,8 +85,9 @@ cases = st.builds(
 PLAIN = Case(2, 3, 2, 5, torch.float32, True, True, False, False, "off", 7)
 
 
-def naive_capture(case: Case, number: int = 0) -> tuple[Tensor, Tensor]:
+def naive_capture(case: Case, number: int = 0, net: Net | None = None) -> tuple[Tensor, Tensor]:
     """Activations and gradients by a zero added on each edge into the layer, without hooks. Shape: `(-1, d_ff)`."""
+    net = net or case.network()
     activations, zeros = [], []
 
     def edge(hidden: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def naive_capture(case: Case, number: int = 0) -> tuple[Tensor, Tensor]:
         zeros.append(torch.zeros_like(hidden, requires_grad=True))
         return hidden + zeros[-1]
 
-    out = case.network().body(case.inputs(number), edge)
+    out = net.body(case.inputs(number), edge)
     gradients = torch.autograd.grad(loss_of(out), zeros)
     return torch.cat(activations), torch.cat([gradient.flatten(0, -2) for gradient in gradients])
 

@@ -28,7 +28,9 @@ def register_neuron_hooks(
 ) -> NeuronHooks:
     r"""Capture what flows into layers, and the gradient that flows back, for as long as the hooks are registered.
 
-    A *neuron* is one input feature of a layer, a *position* is everything before that dimension (batch and token).
+    A *neuron* is one input feature of a layer: an entry of the last dimension of its input, but in front of a
+    convolution (`nn.Conv1d` to `nn.ConvTranspose3d`) a channel. A *position* is an entry of all other dimensions:
+    batch and token, or batch and pixel.
     With $a_{pk}$ the activation of neuron $k$ at position $p$ and $g_{pk}$ the gradient of whatever `backward` is
     called on with respect to it, *as this layer uses it* (other consumers of the same tensor do not count), the sums
     over positions, calls and backward passes are:
@@ -52,7 +54,8 @@ def register_neuron_hooks(
         arg: Which argument of the layers' `forward` is captured, by position or by name, however it is passed.
         reduce: What to keep, see above. A callable gets both tensors in the dtype of the activations.
         position_mask: Which positions count, the same for every layer; `hooks.position_mask` sets it per batch.
-            Shape: `(batch, num_tokens)`, or whatever leads the activations.
+            Shape: that of the input without its neurons, as `(batch, num_tokens)`, or `(batch, height, width)` in
+            front of a convolution.
         accum_dtype: Dtype of the four named sums, and of the products in them.
 
     Returns:
@@ -120,7 +123,7 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     @property
     def position_mask(self) -> Tensor | None:
-        """Which positions count from the next forward on, a bool tensor of the batch's leading shape; None: all."""
+        """Which positions count from the next forward on, in the shape of the input without neurons; None: all."""
         return self._position_mask
 
     @position_mask.setter

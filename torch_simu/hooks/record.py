@@ -53,10 +53,15 @@ class LayerRecord:
         """Take in what one backward through the layer's `number`-th call found.
 
         Raises:
-            NeuronHookError: If a callable `reduce` returns no tensor, or another shape than before.
+            NeuronHookError: If the call has another number of neurons than before, or a callable `reduce` returns no
+                tensor, or another shape than before.
         """
         if self.reduce is None:
-            self.kept.append((number, torch.stack((activation, gradient))))
+            pair = torch.stack((activation, gradient))
+            if self.kept and pair.shape[-1] != (before := self.kept[0][1].shape[-1]):
+                wrong = f"A call of layer {self.layer!r} has {pair.shape[-1]} neurons"
+                raise NeuronHookError(problem(wrong, f"{before} as before", "Hook a layer whose input has one width."))
+            self.kept.append((number, pair))
             return
         if isinstance(self.reduce, str):
             value = SUMS[self.reduce](activation.to(self.accum_dtype), gradient.to(self.accum_dtype))

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from torch_simu._checks import problem
 from torch_simu.hooks.record import LayerRecord, NeuronHookError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a forward is called with: the positional arguments and the named ones."""
+
+
+def input_dim(layer: nn.Module) -> int:
+    """Return the dimension of the layer's input that the neurons are: the channels of a convolution, else the last.
+
+    Counted from the end, so that it is the same with and without a batch.
+    """
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 class InputTap:
@@ -26,7 +35,7 @@ class InputTap:
     """
 
     def __init__(self, layer: nn.Module, record: LayerRecord, arg: int | str) -> None:
-        self.record, self.arg = record, arg
+        self.record, self.arg, self.dim = record, arg, input_dim(layer)
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(layer.forward).parameters.items()
         self.names = [name for name, parameter in parameters if parameter.kind in kinds]
@@ -38,14 +47,14 @@ class InputTap:
         """Return the arguments with the tapped input in its place."""
         position, name = self._locate(args)
         value = args[position] if position is not None else kwargs.get(name)
-        activation = _checked_input(self.record.layer, self.arg, value)
+        activation = self._checked(value)
         if mask is not None:
-            _check_mask(self.record.layer, activation, mask)
+            _check_mask(self.record.layer, activation.movedim(self.dim, -1).shape[:-1], mask)
         self.record.num_calls += 1
         passes_on = activation.requires_grad
         if not passes_on:
             activation = activation.detach().requires_grad_()
-        call = (self.record, self.record.num_calls, mask)
+        call = (self, self.record.num_calls, mask)
         tapped = _Tap.apply(activation, call, self.copies, passes_on)  # type: ignore[no-untyped-call]
         if position is not None:
             return (*args[:position], tapped, *args[position + 1 :]), kwargs
@@ -57,6 +66,24 @@ class InputTap:
         position = arg if isinstance(arg, int) else names.index(arg) if arg in names else len(args)
         return (position if position < len(args) else None), name
 
+    def _checked(self, value: object) -> Tensor:
+        layer = self.record.layer
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < -self.dim:
+            kind = f"{value.dim()}-D tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            shape = "..., num_neurons" + ", size" * (-1 - self.dim)
+            wrong = f"Argument {self.arg!r} of layer {layer!r} is a {kind}"
+            advice = "Name another argument of its forward with arg=."
+            raise NeuronHookError(problem(wrong, f"a floating-point tensor ({shape})", advice))
+        if value.is_inference():
+            wrong = f"The input of layer {layer!r} was made under torch.inference_mode()"
+            raise NeuronHookError(problem(wrong, "a tensor that can have a gradient", "Clone it outside of that mode."))
+        return value
+
+    def positions(self, tensor: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the positions of an input, or of its gradient, that count. Shape: `(num_positions, num_neurons)`."""
+        flat = rearrange(tensor.detach().movedim(self.dim, -1), "... neuron -> (...) neuron")
+        return flat if mask is None else flat[mask.to(flat.device).flatten()]
+
 
 class _Tap(torch.autograd.Function):
     """The identity, which hands its input and the gradient of its output over together.
@@ -67,7 +94,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: Tensor, call: tuple[LayerRecord, int, Tensor | None], copies: bool, passes_on: bool
+        ctx: Any, activation: Tensor, call: tuple[InputTap, int, Tensor | None], copies: bool, passes_on: bool
     ) -> Tensor:
         # Not an attribute of ctx, so that checkpointing can drop the tensor and compute it again.
         ctx.save_for_backward(activation)
@@ -76,35 +103,15 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        record, number, mask = ctx.call
-        if not record.closed:
+        tap, number, mask = ctx.call
+        if not tap.record.closed:
             with torch.no_grad():
-                record.add(number, *(_positions(tensor, mask) for tensor in (*ctx.saved_tensors, *gradients)))
+                tap.record.add(number, *(tap.positions(tensor, mask) for tensor in (*ctx.saved_tensors, *gradients)))
         # A gradient for an input that wanted none would only pile up in memory.
         return (gradients[0] if ctx.passes_on else None), None, None, None
 
 
-def _positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    flat = rearrange(tensor.detach(), "... neuron -> (...) neuron")
-    return flat if mask is None else flat[mask.to(flat.device).flatten()]
-
-
-def _checked_input(layer: str, arg: int | str, value: object) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
-        what = (
-            f"a {value.dim()}-D tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        )
-        wrong = f"Argument {arg!r} of layer {layer!r} is {what}"
-        advice = "Name another argument of its forward with arg=."
-        raise NeuronHookError(problem(wrong, "a floating-point tensor (..., num_neurons)", advice))
-    if value.is_inference():
-        wrong = f"The input of layer {layer!r} was made under torch.inference_mode()"
-        raise NeuronHookError(problem(wrong, "a tensor that can have a gradient", "Clone it outside of that mode."))
-    return value
-
-
-def _check_mask(layer: str, activation: Tensor, mask: Tensor) -> None:
-    leading = activation.shape[:-1]
+def _check_mask(layer: str, leading: torch.Size, mask: Tensor) -> None:
     # Some models flatten batch and tokens before the layer; then the count is all there is to compare.
     fits = mask.shape == leading if mask.dim() == len(leading) else mask.numel() == leading.numel()
     if not fits:
