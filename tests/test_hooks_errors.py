@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from tests.hooked_network import PLAIN
+from tests.models import tiny
 from torch_simu.hooks import NeuronHookError, register_neuron_hooks
 
 
@@ -40,6 +41,18 @@ def test_wrong_arguments_raise_and_leave_no_hook(arguments: dict[str, object], k
 def test_a_module_without_linear_layers_raises() -> None:
     with pytest.raises(ValueError, match=r"matches no layer, expected at least one.*none"):
         register_neuron_hooks(nn.Sequential(nn.ReLU()))
+
+
+def test_neurons_inside_fused_experts_raise_and_their_input_can_be_captured() -> None:
+    model = tiny("mixtral")
+    with pytest.raises(
+        ValueError, match=r"neurons of layer 'model.layers.0.mlp.experts' are inside .* attribute_neurons"
+    ):
+        register_neuron_hooks(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with register_neuron_hooks(model, r"mlp\.experts") as hooks:
+        model(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert hooks["model.layers.0.mlp.experts"].shape == (32,)
 
 
 def test_an_unknown_layer_raises() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_simu._checks import check_choice, check_count, problem
 from torch_simu.hooks.record import SUMS, LayerRecord, NeuronHookError, Reduction
 from torch_simu.hooks.tap import Arguments, InputTap
-from torch_simu.layers import Selector, is_neuron_layer, select_layers
+from torch_simu.layers import Selector, is_fused_experts, is_neuron_layer, select_layers
 
 
 def register_neuron_hooks(
@@ -230,5 +230,13 @@ def _selected(module: nn.Module, select: Selector | None) -> dict[str, nn.Module
     if next(module.children(), None) is None:
         return {"": module}
     if hasattr(getattr(module, "config", None), "model_type"):
-        return select_layers(module)
+        found = select_layers(module)
+        for name, layer in found.items():
+            if is_fused_experts(layer):
+                advice = (
+                    "Use attribute_neurons, or name layers with select=; of the experts it captures the hidden states."
+                )
+                wrong = f"The neurons of layer {name!r} are inside experts fused into one parameter"
+                raise ValueError(problem(wrong, "layers whose inputs are neurons", advice))
+        return found
     return select_layers(module, lambda _, inner: is_neuron_layer(inner))
