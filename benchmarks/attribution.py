@@ -1,7 +1,8 @@
 """Time the methods of attribution on one sequence, and compare their scores with those of one pass per prefix.
 
 Beside them captum's nearest method, integrated gradients of a layer's input (all positions at once, as "layerwise"),
-and one-step gradient x activation by hooks. In the same run, what hooks add to a forward and backward pass of that model.
+and one-step gradient x activation by hooks. In the same run, what hooks add to a forward and backward pass of that
+model.
 Usage: python benchmarks/attribution.py [--force] [--repeats 5] [--threads 1]
 """
 

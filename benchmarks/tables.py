@@ -65,12 +65,55 @@ def memory(size: str, fraction: float) -> Iterator[str]:
             yield f"| {row['optimizer']} | {bytes_of(row['state_bytes'])} | {row['state_ratio']:.2f} | {peak} |"
 
 
+def methods() -> Iterator[str]:
+    """Seconds of each method of attribution, best of the repeats, and how far it is from one pass per prefix."""
+    result = loaded("attribution")
+    yield "| method | all positions | a quarter | relative error | rank correlation |"
+    yield "|---|---|---|---|---|"
+    for name in result["summary"][0]["best_seconds"]:
+        seconds = [f"{each['best_seconds'][name]:.3f} s" for each in result["summary"]]
+        ours = [row for row in result["rows"] if row["method"] == name]
+        error, rank = max(row["relative_error"] for row in ours), min(row["spearman"] for row in ours)
+        yield f"| {name} | {' | '.join(seconds)} | {error:.1g} | {rank:.3f} |"
+
+
+def knockout() -> Iterator[str]:
+    """Loss of each set without the neurons that each score puts highest: mean over the seeds, and the range."""
+    rows = [row for row in loaded("knockout")["rows"] if "forget" in row]
+    shares = sorted({row["share"] for row in rows} - {0.0})
+    yield (
+        "| score | "
+        + " | ".join(f"{each} without {share:.0%}" for share in shares for each in ("forget", "retain"))
+        + " |"
+    )
+    yield "|" + "---|" * (1 + 2 * len(shares))
+    for name in dict.fromkeys(row["score"] for row in rows):
+        cells = []
+        for share in shares:
+            ours = [row for row in rows if row["score"] == name and row["share"] in (share, 0.0)]
+            cells += [spread([row[each]["nll"] for row in ours]) for each in ("forget", "retain")]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def hooks() -> Iterator[str]:
+    """What capturing adds to a forward and backward pass, as time and as bytes held between the two."""
+    yield "| capture | parameters | time over a pass without | held between forward and backward |"
+    yield "|---|---|---|---|"
+    for row in loaded("hooks")["rows"]:
+        held = "its own pass" if row["held_bytes"] is None else bytes_of(row["held_bytes"])
+        low, high = row["ratio_quartiles"]
+        yield f"| {row['variant']} | {row['parameters']} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) | {held} |"
+
+
 TABLES = {
     "demo": lambda: kept("demo"),
     "demo_no_topic": lambda: kept("demo_no_topic"),
     "tofu_forget01": lambda: kept("tofu_forget01"),
     "optimizer_step": lambda: steps("bar", 0.05),
     "optimizer_memory": lambda: memory("bar", 0.05),
+    "attribution": methods,
+    "knockout": knockout,
+    "hooks": hooks,
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 
