@@ -155,6 +155,7 @@ def test_the_option_probability_is_a_share_of_all_options(right, wrong):
     assert option_probability(right, [right] * len(wrong)) == pytest.approx(1 / (1 + len(wrong)))
 
 
+@pytest.mark.filterwarnings("ignore:ks_2samp. Exact calculation unsuccessful:RuntimeWarning")
 @given(log_ratios, log_ratios)
 def test_the_forget_quality_is_the_same_for_ratios_and_their_logarithms(one, other):
     quality = forget_quality(one, other)
