@@ -94,7 +94,11 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     # By name, because transformers must not be imported for models that do not come from there.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nx") and hasattr(module, "nf")
+    return (
+        any(each.__name__ == "Conv1D" for each in type(module).__mro__)
+        and hasattr(module, "nx")
+        and hasattr(module, "nf")
+    )
 
 
 def _checked(module: nn.Module) -> nn.Module:

@@ -1,0 +1,6 @@
+"""Deltas: a trainable change of selected columns beside frozen layers, float, 8-bit or 4-bit."""
+
+from torch_simu.deltas.attach import attach_deltas, attached_layers, detach_deltas, merge_deltas
+from torch_simu.deltas.files import load_deltas, save_deltas
+
+__all__ = ["attach_deltas", "attached_layers", "detach_deltas", "load_deltas", "merge_deltas", "save_deltas"]

@@ -1,0 +1,138 @@
+"""Attach deltas to the selected layers of a model, merge them into float weights, or take them off again."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torch_simu._checks import problem
+from torch_simu.deltas.layer import DeltaLayer, attach, detach
+from torch_simu.int8 import check_4bit, is_4bit, is_8bit
+from torch_simu.layers import is_fused_experts, is_neuron_layer, neuron_dim, num_neurons, select_layers
+from torch_simu.neurons import NeuronSelection
+
+
+def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.Parameter]:
+    r"""Put a trainable change of its selected columns beside each selected layer, in place and under the same name.
+
+    A layer computes $\text{base}(x) + \Delta \, x_S$ from now on, with a float32 $\Delta$ of zero, so no output changes
+    yet. Its own parameters are frozen; those of other layers are left as they are. Layers without a selected neuron are
+    left alone. Works on `nn.Linear`, `Conv1D`, and bitsandbytes' `Linear8bitLt` and `Linear4bit`.
+
+    Args:
+        model: The model the selection was made on.
+        selection: Which neurons of which layers.
+
+    Returns:
+        Layer -> its delta, to be trained. Shape of each: `(d_model, num_selected)`.
+
+    Raises:
+        KeyError: If a layer is not in the model.
+        TypeError: If a layer is of another kind, or the arguments are.
+        ValueError: If a layer has a delta already, another number of neurons, no data (meta device), is sharded, is
+            compiled, or shares its weight with another layer; nothing is attached then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> before = model(x)
+        >>> deltas = attach_deltas(model, NeuronSelection({"2": [1, 6]}, {"2": 8}))
+        >>> deltas["2"].shape
+        torch.Size([2, 2])
+        >>> torch.equal(before, model(x))
+        True
+    """
+    if not isinstance(selection, NeuronSelection):
+        raise TypeError(problem(f"selection is a {type(selection).__name__}", "a NeuronSelection"))
+    _check_not_compiled("The model", model)
+    chosen = [name for name in selection if len(selection[name])]
+    layers = select_layers(model, chosen) if chosen else {}
+    for name, layer in layers.items():
+        _check(model, name, layer, selection)
+    return {name: attach(layer, selection[name]) for name, layer in layers.items()}
+
+
+def attached_layers(model: nn.Module) -> dict[str, DeltaLayer]:
+    """Return the layers that have a delta: name -> layer, with `.delta` and `.idx`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
+
+
+def merge_deltas(model: nn.Module) -> None:
+    """Add the deltas to the selected columns of float weights, and take them off.
+
+    The sum is made in float32 and rounded once.
+
+    Raises:
+        ValueError: If no layer has a delta, or one has codes instead of float weights; nothing is merged then.
+    """
+    layers = _attached(model)
+    for name, layer in layers.items():
+        if is_4bit(layer) or not layer.weight.is_floating_point():
+            wrong = f"The weight of layer {name!r} holds {layer.weight.dtype} codes"
+            advice = "Keep the delta beside it: save_deltas writes it; torch_simu.int8.write_back is a lossy export."
+            raise ValueError(problem(wrong, "a floating-point weight", advice))
+    for layer in layers.values():
+        weight, dim = layer.weight, cast("int", neuron_dim(layer))
+        delta = layer.delta.detach() if dim == -1 else layer.delta.detach().T
+        with torch.no_grad():
+            columns = weight.index_select(dim, layer.idx)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight.index_copy_(dim, layer.idx, (columns.to(wide) + delta.to(wide)).to(weight.dtype))
+        detach(layer)
+
+
+def detach_deltas(model: nn.Module) -> None:
+    """Take the deltas off: every layer is again what it was, to the last bit.
+
+    Raises:
+        ValueError: If no layer has a delta.
+    """
+    for layer in _attached(model).values():
+        detach(layer)
+
+
+def _attached(model: nn.Module) -> dict[str, DeltaLayer]:
+    layers = attached_layers(model)
+    if not layers:
+        raise ValueError(problem("No layer of the model has a delta", "at least one", "Call attach_deltas first."))
+    return layers
+
+
+def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelection) -> None:
+    if isinstance(layer, DeltaLayer):
+        advice = "Call merge_deltas or detach_deltas first."
+        raise ValueError(problem(f"Layer {name!r} has a delta already", "none", advice))
+    if is_fused_experts(layer) or not is_neuron_layer(layer):
+        expected = "nn.Linear, Conv1D, Linear8bitLt or Linear4bit"
+        advice = "Train the experts in place: selection.param_groups(model)." if is_fused_experts(layer) else ""
+        raise TypeError(problem(f"Layer {name!r} is a {type(layer).__name__}", expected, advice))
+    if num_neurons(layer) != selection.num_neurons[name]:
+        wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, the selection counts {selection.num_neurons[name]}"
+        raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
+    _check_not_compiled(f"Layer {name!r}", layer)
+    weight = cast("nn.Parameter", layer.weight)
+    if weight.device.type == "meta":
+        raise ValueError(
+            problem(f"The weight of layer {name!r} is on the meta device", "data", "Load the model first.")
+        )
+    if isinstance(weight, DTensor):
+        advice = "Call attach_deltas before fully_shard."
+        raise ValueError(problem(f"The weight of layer {name!r} is sharded", "a whole one", advice))
+    for other, module in model.named_modules():
+        if other != name and any(param is weight for param in module.parameters(recurse=False)):
+            raise ValueError(problem(f"Layers {name!r} and {other!r} share one weight", "a weight per layer"))
+    if is_8bit(layer) and (weight.dtype != torch.int8 or layer.state.has_fp16_weights):  # type: ignore[union-attr]
+        advice = "Make it with has_fp16_weights=False and move it to its device, which makes the codes."
+        raise ValueError(problem(f"The 8-bit layer {name!r} holds {weight.dtype}", "torch.int8 codes", advice))
+    if is_4bit(layer):
+        check_4bit(name, layer)
+
+
+def _check_not_compiled(what: str, module: nn.Module) -> None:
+    # OptimizedModule is the wrapper of torch.compile(model); model.compile() leaves the other mark.
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        advice = "Attach to the model first and compile it then."
+        raise ValueError(problem(f"{what} is compiled", "one that is not", advice))

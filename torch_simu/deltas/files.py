@@ -1,0 +1,72 @@
+"""Files of deltas: what a quantized model was taught to forget, without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from torch_simu._checks import problem
+from torch_simu._files import load_tensors, save_tensors
+from torch_simu.deltas.attach import _attached, attach_deltas
+from torch_simu.deltas.layer import DeltaLayer
+from torch_simu.int8 import fingerprint
+from torch_simu.layers import num_neurons
+from torch_simu.neurons import NeuronSelection
+
+_KIND = "Deltas"
+
+
+def save_deltas(model: nn.Module, path: str | Path) -> None:
+    """Write the deltas of a model to one safetensors file, bound to the weights or codes that they are beside.
+
+    Raises:
+        ValueError: If no layer has a delta.
+    """
+    layers = _attached(model)
+    tensors = {f"{name}.delta": layer.delta.detach() for name, layer in layers.items()}
+    tensors |= {f"{name}.idx": layer.idx for name, layer in layers.items()}
+    header = {
+        "num_neurons": {name: num_neurons(layer) for name, layer in layers.items()},
+        "sha256": {name: fingerprint(layer) for name, layer in layers.items()},
+    }
+    save_tensors(path, _KIND, tensors, header)
+
+
+def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
+    """Attach the deltas that `save_deltas` wrote to the same base model.
+
+    Returns:
+        Layer -> its delta, as `attach_deltas`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        KeyError: If a layer is not in the model.
+        ValueError: If the file is damaged, or a layer is not the one that the delta was trained beside; nothing is
+            attached then.
+    """
+    tensors, header = load_tensors(path, _KIND)
+    try:
+        sizes, hashes = cast("dict[str, int]", header["num_neurons"]), cast("dict[str, str]", header["sha256"])
+        selection = NeuronSelection({name: tensors[f"{name}.idx"] for name in sizes}, sizes)
+        deltas = {name: tensors[f"{name}.delta"] for name in sizes}
+    except (KeyError, TypeError, ValueError) as error:
+        wrong = f"File {str(path)!r} holds no consistent deltas ({error})"
+        raise ValueError(problem(wrong, "what save_deltas wrote", "The file is damaged.")) from None
+    modules = dict(model.named_modules())
+    for name, expected in hashes.items():
+        if name not in modules:
+            raise KeyError(problem(f"Layer {name!r} is not in the model", "the model that the deltas were trained on"))
+        if isinstance(modules[name], DeltaLayer):
+            break
+        if (found := fingerprint(modules[name])) != expected:
+            wrong = f"The weight of layer {name!r} has sha256 {found[:12]}..."
+            advice = "Load the base as it was loaded then: codes depend on the dtype they were made from."
+            raise ValueError(problem(wrong, f"{expected[:12]}..., as it was under the delta", advice))
+    attached = attach_deltas(model, selection)
+    with torch.no_grad():
+        for name, delta in attached.items():
+            delta.copy_(deltas[name])
+    return attached

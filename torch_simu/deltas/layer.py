@@ -1,0 +1,106 @@
+"""Layers with a delta: what a frozen layer computes, plus a trainable linear map of its selected neurons."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch_simu.int8 import eight_bit_codes, give_codes_back, is_4bit, is_8bit, linear_4bit, linear_8bit, take_codes
+from torch_simu.layers import d_model
+
+if TYPE_CHECKING:
+    _Layer = nn.Linear
+else:
+    _Layer = object
+
+
+class DeltaLayer(_Layer):
+    r"""What every layer with a delta is, whatever it was before: $y = \text{base}(x) + \Delta \, x_S$.
+
+    It keeps the layer's name, parameters and hooks: only its class is another one, until the delta is detached.
+
+    Attributes:
+        delta: The trainable change of the selected columns, float32. Shape: `(d_model, num_selected)`.
+        idx: The selected neurons. Shape: `(num_selected,)`.
+    """
+
+    delta: nn.Parameter
+    idx: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with the change of the selected columns in it.
+
+        Args:
+            x: Activations. Shape: `(..., num_neurons)`.
+        """
+        chosen = x.index_select(-1, self.idx)
+        return self._base(x) + functional.linear(chosen, self.delta.to(x.dtype))
+
+    def _base(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Delta8bit(DeltaLayer):
+    """A delta beside the codes of bitsandbytes' `Linear8bitLt`, which are taken over with their scales.
+
+    It computes what that layer does, bit by bit, but holds no activation for the backward pass, keeps the bias as it
+    is, and has the scales as a buffer, so that everything is in the state dict and can be sharded.
+    """
+
+    SCB: Tensor
+    threshold: float
+
+    def _base(self, x: Tensor) -> Tensor:
+        # On a processor bitsandbytes computes with the decoded weight in train mode, and in 8 bits in eval mode.
+        decoded = self.training and x.device.type in ("cpu", "xpu")
+        return linear_8bit(x, self.weight, self.SCB, self.bias, threshold=self.threshold, decoded=decoded)
+
+
+class Delta4bit(DeltaLayer):
+    """A delta beside bitsandbytes' `Linear4bit`, whose codes are never packed anew and whose bias is never cast."""
+
+    def _base(self, x: Tensor) -> Tensor:
+        return linear_4bit(self, x)
+
+
+def attach(layer: nn.Module, neurons: Tensor) -> nn.Parameter:
+    """Turn a layer into one with a delta of zero, in place, and freeze its own parameters."""
+    base: Any = type(layer)
+    if is_8bit(layer):
+        device = eight_bit_codes(layer)[0].device
+        # Its methods go by a state that this layer no longer has.
+        take_codes(layer)
+        layer.__class__ = _with_delta(Delta8bit, cast("Any", nn.Linear), base)
+    else:
+        device = cast("Tensor", layer.weight).device
+        layer.__class__ = _with_delta(Delta4bit if is_4bit(layer) else DeltaLayer, base, base)
+    # What was trainable is so again when the delta is detached.
+    trainable = [name for name, param in layer.named_parameters(recurse=False) if param.requires_grad]
+    layer.__dict__["_trainable"] = trainable
+    for param in layer.parameters(recurse=False):
+        param.requires_grad_(False)
+    delta = nn.Parameter(torch.zeros(d_model(layer), len(neurons), dtype=torch.float32, device=device))
+    layer.register_parameter("delta", delta)
+    layer.register_buffer("idx", neurons.to(device))
+    return delta
+
+
+def detach(layer: nn.Module) -> None:
+    """Turn a layer with a delta into what it was."""
+    for name in ("delta", "idx"):
+        delattr(layer, name)
+    base = type(layer)._before  # type: ignore[attr-defined]
+    layer.__class__ = base
+    if is_8bit(layer):
+        give_codes_back(layer)
+    for name in layer.__dict__.pop("_trainable"):
+        getattr(layer, name).requires_grad_(True)
+
+
+@cache
+def _with_delta(kind: Any, base: Any, before: Any) -> type[nn.Module]:
+    return type(f"Delta{before.__name__}", (kind, base), {"_before": before, "__doc__": kind.__doc__})

@@ -1,0 +1,53 @@
+"""Audit: what differs between two models, tensor by tensor, and whether a patch says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_simu._files import replacing
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Every tensor of a model beside the base's, by hash.
+
+    Attributes:
+        tensors: Tensor -> its `status` ("unchanged", "columns", "whole", "delta" or "unexpected"), sha256 `before` and
+            `after`, and for columns how many neurons are `selected`, of how many.
+        problems: What is not as the patch says; empty where everything is.
+    """
+
+    tensors: Mapping[str, Mapping[str, object]]
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether what the patch says changed, and nothing else did."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Status -> number of tensors."""
+        found = [str(tensor["status"]) for tensor in self.tensors.values()]
+        return {status: found.count(status) for status in dict.fromkeys(found)}
+
+    def to_json(self) -> str:
+        """Return the audit as JSON, for the record."""
+        content = {"passed": self.passed, "problems": self.problems, "counts": self.counts, "tensors": self.tensors}
+        return json.dumps(content, indent=1, default=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file, whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json() + "\n")
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
+        verdict = "Exactly what the patch says changed" if self.passed else f"Not as the patch says: {self.problems[0]}"
+        return f"{verdict} ({len(self.tensors)} tensors: {counts})."

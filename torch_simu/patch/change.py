@@ -1,0 +1,119 @@
+"""Change: what a patch does to one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import problem
+from torch_simu.patch.bits import bits_of, check_alike, columns_of, sha256_of, xor_columns_
+
+Kind = Literal["columns", "whole", "delta"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """The change of one tensor.
+
+    Attributes:
+        kind: "columns": bits of selected neurons; "whole": bits of all; "delta": a delta beside a layer's codes.
+        before: sha256 of the tensor before; of a delta, that of the codes and scales beside it.
+        after: sha256 of the tensor after; of a delta, its own.
+        dtype: Of the tensor, as torch names it.
+        shape: Of the tensor.
+        dim: What counts the neurons; None for a whole tensor.
+        num_neurons: How many neurons there are; 0 for a whole tensor.
+        neurons: The selected ones. Shape: `(num_selected,)`.
+        value: The flipped bits, `(num_selected, ...)` or the tensor's shape; or the delta.
+    """
+
+    kind: Kind
+    before: str
+    after: str
+    dtype: str
+    shape: tuple[int, ...]
+    dim: int | tuple[int, ...] | None
+    num_neurons: int
+    neurons: Tensor
+    value: Tensor
+
+    def check(self, name: str, tensor: Tensor, *, applied: bool) -> None:
+        """Raise where a tensor is not what the patch goes on, or comes off.
+
+        Raises:
+            ValueError: If its bits are others; the message says whether the patch is on it already.
+        """
+        if str(tensor.dtype) != self.dtype or tuple(tensor.shape) != self.shape:
+            wrong = f"Tensor {name!r} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+            raise ValueError(problem(wrong, f"{self.shape} and {self.dtype}", "Was the patch made for another model?"))
+        found = sha256_of(tensor)
+        if found == (self.after if applied else self.before):
+            return
+        if found == (self.before if applied else self.after):
+            state = ("not applied", "an applied patch") if applied else ("applied already", "the base")
+            raise ValueError(problem(f"The patch is {state[0]} to tensor {name!r}", state[1]))
+        wrong = f"Tensor {name!r} has sha256 {found[:12]}..."
+        expected = f"{(self.after if applied else self.before)[:12]}..."
+        raise ValueError(
+            problem(wrong, expected, "The patch was made for another base, or this one was changed since.")
+        )
+
+    def flip(self, tensor: Tensor) -> None:
+        """Put the change on a tensor, or take it off again: it is the same, and exact."""
+        bits = bits_of(tensor)
+        if self.dim is None:
+            bits.bitwise_xor_(self.value.to(bits.device))
+        else:
+            xor_columns_(bits, self.dim, self.neurons, self.value)
+
+    def flipped(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor with the change on, or off."""
+        copy = tensor.detach().clone()
+        self.flip(copy)
+        return copy
+
+    def header(self) -> dict[str, object]:
+        """Return all but the tensors."""
+        keys = ("kind", "before", "after", "dtype", "shape", "dim", "num_neurons")
+        return {key: getattr(self, key) for key in keys}
+
+    @classmethod
+    def from_file(cls, header: Mapping[str, Any], neurons: Tensor, value: Tensor) -> Change:
+        """Return the change whose `header` and tensors were written."""
+        dim = header["dim"]
+        dim = tuple(dim) if isinstance(dim, list) else dim
+        fixed = {key: header[key] for key in ("kind", "before", "after", "dtype", "num_neurons")}
+        return cls(**fixed, shape=tuple(header["shape"]), dim=dim, neurons=neurons, value=value)
+
+
+def change_between(
+    name: str, before: Tensor, after: Tensor, dim: int | tuple[int, ...] | None, neurons: Tensor | None
+) -> Change | None:
+    """Return the change from one tensor to another, or None where no bit differs.
+
+    Args:
+        name: The tensor's name, for messages.
+        before: The base's.
+        after: The changed one.
+        dim: What counts its neurons; None: it may change as a whole.
+        neurons: Those that may differ; unused for a whole tensor.
+
+    Raises:
+        ValueError: If shapes or dtypes differ.
+    """
+    check_alike(name, before, after)
+    hashes = sha256_of(before), sha256_of(after)
+    if hashes[0] == hashes[1]:
+        return None
+    shape, dtype = tuple(before.shape), str(before.dtype)
+    if dim is None or neurons is None:
+        value = (bits_of(before) ^ bits_of(after)).cpu()
+        return Change("whole", *hashes, dtype, shape, None, 0, torch.zeros(0, dtype=torch.int64), value)
+    dims = (dim,) if isinstance(dim, int) else dim
+    num_neurons = torch.Size([shape[each] for each in dims]).numel()
+    value = columns_of(bits_of(before), dim, neurons) ^ columns_of(bits_of(after), dim, neurons)
+    return Change("columns", *hashes, dtype, shape, dim, num_neurons, neurons.cpu(), value.cpu())
