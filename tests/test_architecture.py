@@ -111,7 +111,7 @@ def test_the_maths_sees_tensors_only(name: str) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=named)
 def test_optional_packages_are_imported_where_they_are_used_only(path: Path) -> None:
     allowed = {"transformers"} if room(path) == "unlearning" else set()
-    if path.stem in ("cli", "console"):
+    if path.stem in ("cli", "patch_cli", "console"):
         allowed |= {"rich", "typer"}
     assert {name.split(".")[0] for name in imports(path, top_level=True)} & OPTIONAL <= allowed
     assert path.stem == "int8" or "bitsandbytes" not in {name.split(".")[0] for name in imports(path)}

@@ -18,11 +18,21 @@ from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
 from torch_simu.unlearning.console import progress_bars, show_report
 from torch_simu.unlearning.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.unlearning.output import check_writable, whole_folder
+from torch_simu.unlearning.patch_cli import app as patch_app
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+def _application() -> typer.Typer:
+    found = typer.Typer(
+        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    found.add_typer(patch_app, name="patch")
+    return found
+
+
+app = _application()
 
 _Data = "JSON Lines with question/answer, prompt/response or input/output; or a Hugging Face data set, NAME:SPLIT"
 Model = Annotated[str, typer.Option(help="Folder of the model and its tokenizer.")]

@@ -1,0 +1,91 @@
+"""torch-simu patch: make, apply, take back, verify and show patches of checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from torch_simu._checks import problem
+from torch_simu.neurons import NeuronSelection
+from torch_simu.patch import (
+    NeuronPatch,
+    apply_to_checkpoint,
+    patch_between_checkpoints,
+    revert_checkpoint,
+    verify_checkpoint,
+)
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Patches: the change of a model as a file.")
+
+PatchFile = Annotated[Path, typer.Argument(help="File of the patch.")]
+Base = Annotated[Path, typer.Argument(help="Folder of the checkpoint before.")]
+Changed = Annotated[Path, typer.Argument(help="Folder of the checkpoint after.")]
+OutFolder = Annotated[Path, typer.Argument(help="New folder for the result.")]
+
+
+@app.command()
+def create(
+    base: Base,
+    model: Changed,
+    selection: Annotated[Path, typer.Argument(help="File of the selected neurons.")],
+    out: Annotated[Path, typer.Argument(help="File for the patch.")],
+    whole: Annotated[
+        str | None, typer.Option(help="Regular expression for tensors that may differ as a whole, attention say.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write what differs between two checkpoints, and refuse if anything but the selected neurons does."""
+    if out.exists() and not force:
+        raise FileExistsError(problem(f"{str(out)!r} exists", "a new file", "Give another, or --force."))
+    provenance = {"base": base.resolve().name, "model": model.resolve().name}
+    patch = patch_between_checkpoints(base, model, NeuronSelection.load(selection), whole=whole, provenance=provenance)
+    patch.save(out)
+    Console().print(f"{patch}: {out}", highlight=False)
+
+
+@app.command()
+def apply(patch: PatchFile, base: Base, out: OutFolder) -> None:
+    """Write a copy of a checkpoint with the change in it; the base is only read."""
+    apply_to_checkpoint(NeuronPatch.load(patch), base, out)
+    Console().print(f"Patched: {out}", highlight=False)
+
+
+@app.command()
+def revert(patch: PatchFile, model: Changed, out: OutFolder) -> None:
+    """Write a copy of a checkpoint without the change."""
+    revert_checkpoint(NeuronPatch.load(patch), model, out)
+    Console().print(f"Reverted: {out}", highlight=False)
+
+
+@app.command()
+def verify(
+    patch: PatchFile,
+    base: Base,
+    model: Changed,
+    out: Annotated[Path | None, typer.Option(help="File for the audit, as JSON.")] = None,
+) -> None:
+    """Prove by hash that the patch, and nothing else, lies between two checkpoints; exit status 1 if not."""
+    audit = verify_checkpoint(NeuronPatch.load(patch), base, model)
+    if out is not None:
+        audit.save(out)
+    Console().print(str(audit), highlight=False)
+    if not audit:
+        sys.exit(1)
+
+
+@app.command()
+def show(patch: PatchFile) -> None:
+    """List what a patch changes."""
+    found = NeuronPatch.load(patch)
+    console = Console()
+    console.print(found, highlight=False)
+    for key, value in found.provenance.items():
+        console.print(f"{key}: {value}", highlight=False)
+    for name, change in found.changes.items():
+        neurons = f"{len(change.neurons)} of {change.num_neurons} neurons" if change.num_neurons else "all"
+        line = f"{name}  {change.kind}  {neurons}  {change.dtype}  {change.before[:12]} -> {change.after[:12]}"
+        console.print(line, highlight=False, soft_wrap=True)
