@@ -191,6 +191,17 @@ def check_4bit(name: str, layer: nn.Module) -> None:
         raise ValueError(problem(wrong, "codes as they were loaded", "Attach before the first evaluation."))
 
 
+def holds_codes(layer: nn.Module) -> bool:
+    """Say whether a layer's weight is quantized."""
+    return is_8bit(layer) or is_4bit(layer)
+
+
+def keep_codes_as_loaded(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit codes for inference, after which there is no gradient."""
+    for layer in filter(is_4bit, model.modules()):
+        layer.__dict__["support_avx512bf16_for_cpu"] = False
+
+
 def linear_4bit(layer: Any, x: Tensor) -> Tensor:
     """Compute what a `Linear4bit` does, without packing its codes for inference and without casting its bias.
 

@@ -94,6 +94,7 @@ def unlearn(
     max_length: MaxLength = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    load_in: Annotated[str | None, typer.Option(help="Quantize the model first: 8bit or 4bit.")] = None,
     device: Device = None,
     force: Force = False,
 ) -> None:
@@ -119,7 +120,16 @@ def unlearn(
     sets = {"forget": forget, "retain": retain} | ({} if world is None else {"world": world})
     with progress_bars(console) as progress:
         report = unlearn_job(
-            model, sets, out, config, max_length=max_length, dtype=dtype, device=device, force=force, progress=progress
+            model,
+            sets,
+            out,
+            config,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+            load_in=load_in,
+            force=force,
+            progress=progress,
         )
     show_report(console, report)
     console.print(f"Model, selection, step log and report: {out}", highlight=False)

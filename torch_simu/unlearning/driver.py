@@ -75,7 +75,7 @@ def unlearn(
     with the same `checkpoint` ends with the same bits as one that was not.
 
     Args:
-        model: A causal language model in floating point.
+        model: A causal language model. Quantized layers get deltas, which stay attached.
         forget: Encoded rows to forget, as `torch_simu.unlearning.data.encode` makes them.
         retain: Encoded rows to keep.
         config: Every choice of the run.

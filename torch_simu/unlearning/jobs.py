@@ -10,11 +10,12 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
+from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data import encode, pad_id
 from torch_simu.unlearning.driver import unlearn
-from torch_simu.unlearning.loading import load_model, quiet_transformers
+from torch_simu.unlearning.loading import DELTAS, load_model, quiet_transformers
 from torch_simu.unlearning.localization import Progress, choose_neurons
 from torch_simu.unlearning.lume import lume_suite
 from torch_simu.unlearning.metrics import evaluate
@@ -37,12 +38,14 @@ def unlearn_job(
     max_length: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    load_in: str | None = None,
     force: bool = False,
     progress: Progress,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
-    The run is checkpointed in `OUT.run` beside it; called again after a kill, it goes on from there.
+    The run is checkpointed in `OUT.run` beside it; called again after a kill, it goes on from there. Of a quantized
+    model (`load_in` "8bit" or "4bit") the untouched base is written, and the deltas beside it.
 
     Raises:
         ValueError: If a file, a row or an option is wrong, or a loss is not finite.
@@ -50,7 +53,9 @@ def unlearn_job(
     """
     check_writable(out, force=force)
     rows = _rows(sets)
-    net, tokenizer = load_model(model, dtype=dtype, device=device)
+    net, tokenizer = load_model(
+        model, dtype=dtype, device=device, load_in=load_in, float_attention=config.attention == "full"
+    )
     examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
     before = MethodResult(_measures(net, tokenizer, rows, max_length, progress, "evaluate before"))
     kept = {name: part for name, part in examples.items() if name != "forget"}
@@ -79,6 +84,10 @@ def unlearn_job(
     title = f"torch-simu unlearn: {config.method}"
     report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), [reached])
     with whole_folder(out, force=force) as folder:
+        if attached_layers(net):
+            # The base stays what it was; its deltas go beside it.
+            save_deltas(net, folder / DELTAS)
+            detach_deltas(net)
         with quiet_transformers():
             net.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

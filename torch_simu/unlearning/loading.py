@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from torch_simu._checks import check_choice, problem
+from torch_simu.deltas import load_deltas
+from torch_simu.int8 import keep_codes_as_loaded, require_bitsandbytes
+from torch_simu.layers import attention_projections
 from torch_simu.unlearning.data import load_tokenizer
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CODES = ("8bit", "4bit")
+
+DELTAS = "deltas.safetensors"
+"""Where the deltas of a quantized model are, in its folder."""
 
 
 def load_model(
-    source: str, *, dtype: str = "auto", device: str | None = None
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    load_in: str | None = None,
+    float_attention: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model with its tokenizer.
 
@@ -27,14 +39,19 @@ def load_model(
         source: A folder with `config.json`, safetensors weights and tokenizer files, or a name on the hub.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where the model goes; None: the GPU if there is one.
+        load_in: "8bit" or "4bit" (NF4) codes of bitsandbytes for the linear layers but the head; None: as saved.
+        float_attention: Whether the attention projections keep their weights then, so that they can be trained.
 
     Returns:
-        The model in eval mode, and the tokenizer.
+        The model in eval mode, and the tokenizer. Deltas that are saved beside the model are attached.
 
     Raises:
         ValueError: If `source` is no model with a tokenizer, or `dtype` or `device` is unknown.
     """
     check_choice("dtype", dtype, _DTYPES)
+    if load_in is not None:
+        check_choice("load_in", load_in, _CODES)
+        require_bitsandbytes(f"load_in {load_in!r}")
     place = _device(device)
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -44,8 +61,9 @@ def load_model(
     tokenizer = load_tokenizer(source)
     with quiet_transformers():
         try:
+            options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True
+                source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip() or "-").splitlines()[0]
@@ -54,8 +72,26 @@ def load_model(
     if len(tokenizer) > vocabulary:
         wrong = f"The tokenizer of {source!r} has {len(tokenizer)} tokens and the model {vocabulary} embeddings"
         raise ValueError(problem(wrong, "a tokenizer of this model"))
-    nn.Module.to(model, place)
+    if getattr(model, "hf_quantizer", None) is None:
+        nn.Module.to(model, place)
+    keep_codes_as_loaded(model)
+    if (deltas := folder / DELTAS).is_file():
+        load_deltas(model, deltas)
     return model.eval(), tokenizer
+
+
+def _quantized(source: str, load_in: str, float_attention: bool, place: torch.device) -> dict[str, Any]:
+    kept = ["lm_head"]
+    if float_attention:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        kept += sorted({name.rsplit(".", 1)[-1] for name in attention_projections(empty)})
+    if load_in == "8bit":
+        # Without a threshold for outliers, by which a row's result would depend on the other rows of the batch.
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept)
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
 from torch_simu.curvature import gauss_newton_loss
+from torch_simu.deltas import attach_deltas
+from torch_simu.int8 import holds_codes
 from torch_simu.layers import attention_projections
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
@@ -54,12 +56,18 @@ def make_optimizer(
 ) -> tuple[dict[str, nn.Parameter], Optimizer]:
     """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards."""
     groups: list[dict[str, object]]
-    if selection is not None:
+    if selection is not None and any(holds_codes(model.get_submodule(layer)) for layer in selection):
+        groups = _delta_groups(model, selection, config)
+    elif selection is not None:
         groups = selection.param_groups(model, attention=config.attention)
     else:
         model.requires_grad_(False)
         owners = attention_projections(model).values() if config.where == "attention" else [model]
         chosen = list(dict.fromkeys(param for owner in owners for param in owner.parameters()))
+        if any(not param.is_floating_point() for param in chosen):
+            wrong = f"Method {config.method!r} trains weights that are quantized"
+            advice = "Load the model without load_in, or take a method that trains neurons."
+            raise ValueError(problem(wrong, "floating-point weights", advice))
         groups = [{"params": chosen}]
         for param in chosen:
             param.requires_grad_(True)
@@ -76,6 +84,19 @@ def make_optimizer(
         clip=config.clip,
         hessian_interval=config.hessian_interval,
     )
+
+
+def _delta_groups(model: PreTrainedModel, selection: NeuronSelection, config: UnlearnConfig) -> list[dict[str, object]]:
+    """Attach deltas, beside which the codes stay as they are; attention trains whole where it is not quantized."""
+    model.requires_grad_(False)
+    groups: list[dict[str, object]] = [{"params": list(attach_deltas(model, selection).values())}]
+    if config.attention == "full":
+        # Refused by the selection's own message if these are quantized, too.
+        groups += NeuronSelection({}, {}).param_groups(model, attention="full")
+    for group in groups:
+        for param in cast("list[nn.Parameter]", group["params"]):
+            param.requires_grad_(True)
+    return groups
 
 
 def take_step(
