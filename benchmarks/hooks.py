@@ -3,19 +3,24 @@
 Each variant gives activation times gradient of every MLP neuron, summed over positions. Hooks ride on a backward that
 is run anyway; captum runs a forward and a backward of its own, to the layers only and not to the weights.
 Each pass, registration and removal included, is divided by its neighbor: a pass without hooks before or behind it, as
-drawn. Passes without hooks have such neighbors too, which shows the noise. Processor time is kept beside the time on the
-clock, because it does not count what other programs take.
+drawn. Passes without hooks have such neighbors too, which shows the noise. Processor time is kept beside the time on
+the clock, because it does not count what other programs take.
+All is timed twice, each in a process of its own: with the allocator as it is, which gives pages back to the system and
+takes them again, and told to keep them. What the second does not show is the price of those pages.
 Memory is counted in a pass of its own by a dispatch mode, which follows every storage from the operation that makes it
 to its end: what autograd saves, what a hook keeps and what lives for a moment, but not the scratch space inside one
 operation.
-Usage: python benchmarks/hooks.py [--repeats 60] [--threads 1]
+Usage: python benchmarks/hooks.py [--repeats 40] [--threads 1]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 import weakref
@@ -34,6 +39,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from torch_simu import register_neuron_hooks
 from torch_simu.layers import down_projections
 
+ALLOCATORS = {
+    "default": {},
+    "keeps pages": {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)},
+}
 Scores = dict[str, Tensor]
 Pass = Callable[[Callable[[], None]], Scores]
 """A forward and a backward, given what is called between them."""
@@ -210,16 +219,18 @@ def live_bytes(one: Pass) -> tuple[int | None, int]:
     return (seen[0] if seen else None), live.peak
 
 
-def measured(options: argparse.Namespace, frozen: bool) -> list[dict[str, object]]:
-    """A row for each variant."""
-    task = Task(options, frozen)
+def measured(options: argparse.Namespace, allocator: str, parameters: str) -> list[dict[str, object]]:
+    """A row for each variant, in this process."""
+    torch.set_num_threads(options.threads)
+    task = Task(options, frozen=parameters == "frozen")
     assert_same_scores(task)
     times = pairs(task, options.repeats)
     rows = []
     for name, one in variants(task).items():
         held, peak = live_bytes(one)
         row = {
-            "parameters": "frozen" if frozen else "trained",
+            "allocator": allocator,
+            "parameters": parameters,
             "variant": name,
             "median_ms": statistics.median(mine for mine, *_ in times[name]),
             "ratio": quartiles([mine / bare for mine, _, bare, _ in times[name]]),
@@ -240,13 +251,22 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--num-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hooks_cpu_202611.json")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.alone is not None:
+        sys.stdout.write(json.dumps(measured(options, *options.alone)))
+        return
+    rows = []
+    for allocator, settings in ALLOCATORS.items():
+        for parameters in ("trained", "frozen"):
+            call = [sys.executable, __file__, *sys.argv[1:], "--alone", allocator, parameters]
+            done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **settings})
+            rows += json.loads(done.stdout)
     torch.set_num_threads(options.threads)
-    rows = [row for frozen in (False, True) for row in measured(options, frozen)]
     write_result(
         options.out,
         force=options.force,
