@@ -121,9 +121,16 @@ def rows_of(seed: int, repeats: int) -> list[dict[str, Any]]:
 def hooks_of(repeats: int) -> list[dict[str, Any]]:
     """What hooks add to a pass of this model over 8 such sequences."""
     options = argparse.Namespace(
-        layers=LAYERS, d_model=D_MODEL, d_ff=D_FF, vocab=VOCABULARY, batch=8, num_tokens=LENGTH, repeats=repeats
+        layers=LAYERS,
+        d_model=D_MODEL,
+        d_ff=D_FF,
+        vocab=VOCABULARY,
+        batch=8,
+        num_tokens=LENGTH,
+        repeats=repeats,
+        threads=torch.get_num_threads(),
     )
-    return hooks.measured(options, frozen=False)
+    return hooks.measured(options, "default", "trained")
 
 
 def main() -> None:

@@ -2,19 +2,25 @@
 
 Each variant gives activation times gradient of every MLP neuron, summed over positions. Hooks ride on a backward that
 is run anyway; captum runs a forward and a backward of its own, to the layers only and not to the weights.
-The variants of one repeat run in a drawn order, registration and removal included, and each is divided by the pass
-without hooks of the same repeat.
+Each pass, registration and removal included, is divided by its neighbor: a pass without hooks before or behind it, as
+drawn. Passes without hooks have such neighbors too, which shows the noise. Processor time is kept beside the time on
+the clock, because it does not count what other programs take.
+All is timed twice, each in a process of its own: with the allocator as it is, which gives pages back to the system and
+takes them again, and told to keep them. What the second does not show is the price of those pages.
 Memory is counted in a pass of its own by a dispatch mode, which follows every storage from the operation that makes it
 to its end: what autograd saves, what a hook keeps and what lives for a moment, but not the scratch space inside one
 operation.
-Usage: python benchmarks/hooks.py [--repeats 60] [--threads 1]
+Usage: python benchmarks/hooks.py [--repeats 40] [--threads 1]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 import weakref
@@ -33,7 +39,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from torch_simu import register_neuron_hooks
 from torch_simu.layers import down_projections
 
+ALLOCATORS = {
+    "default": {},
+    "keeps pages": {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)},
+}
 Scores = dict[str, Tensor]
+Pass = Callable[[Callable[[], None]], Scores]
+"""A forward and a backward, given what is called between them."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -149,8 +161,8 @@ def captum_scores(task: Task) -> Scores:
     return {name: values.detach().flatten(0, -2).sum(0) for name, values in zip(task.layers, found, strict=True)}
 
 
-def variants(task: Task) -> dict[str, Callable[[Callable[[], None]], Scores]]:
-    """Name -> one pass, given what is called between its forward and its backward."""
+def variants(task: Task) -> dict[str, Pass]:
+    """Name -> one pass."""
     return {
         "no hooks": lambda held: task.run(nullcontext, held),
         "register_neuron_hooks": lambda held: task.run(lambda: register_neuron_hooks(task.model), held),
@@ -169,22 +181,37 @@ def assert_same_scores(task: Task) -> None:
             torch.testing.assert_close(scores[layer], values, rtol=1e-3, atol=1e-6)
 
 
-def milliseconds(task: Task, repeats: int) -> dict[str, list[float]]:
-    """Name -> time of each repeat, after two that warm up."""
-    passes = variants(task)
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    order, draw = list(passes), random.Random(0)
+def timed(one: Pass) -> tuple[float, float]:
+    """Milliseconds of one pass, on the clock and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    one(lambda: None)
+    return 1e3 * (time.perf_counter() - clock), 1e3 * (time.process_time() - processor)
+
+
+def pairs(task: Task, repeats: int) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Name -> clock and processor milliseconds of a pass and of its neighbor without hooks, after two that warm up."""
+    passes, draw = variants(task), random.Random(0)
+    found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in passes}
+    order = list(passes)
     for repeat in range(repeats + 2):
         draw.shuffle(order)
         for name in order:
-            before = time.perf_counter()
-            passes[name](lambda: None)
+            couple = [passes[name], passes["no hooks"]]
+            behind = draw.random() < 0.5
+            times = [timed(one) for one in (reversed(couple) if behind else couple)]
             if repeat >= 2:
-                times[name].append(round(1e3 * (time.perf_counter() - before), 3))
-    return times
+                mine, bare = reversed(times) if behind else times
+                found[name].append(tuple(round(value, 3) for value in (*mine, *bare)))
+    return found
 
 
-def live_bytes(one: Callable[[Callable[[], None]], Scores]) -> tuple[int | None, int]:
+def quartiles(ratios: list[float]) -> dict[str, float]:
+    """The median and the quarters around it."""
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"low": round(low, 4), "median": round(median, 4), "high": round(high, 4)}
+
+
+def live_bytes(one: Pass) -> tuple[int | None, int]:
     """Bytes alive between forward and backward, where a pass lets one in, and at the peak of the whole pass."""
     seen = []
     with LiveBytes() as live:
@@ -192,29 +219,27 @@ def live_bytes(one: Callable[[Callable[[], None]], Scores]) -> tuple[int | None,
     return (seen[0] if seen else None), live.peak
 
 
-def measured(options: argparse.Namespace, frozen: bool) -> list[dict[str, object]]:
-    """A row for each variant."""
-    task = Task(options, frozen)
+def measured(options: argparse.Namespace, allocator: str, parameters: str) -> list[dict[str, object]]:
+    """A row for each variant, in this process."""
+    torch.set_num_threads(options.threads)
+    task = Task(options, frozen=parameters == "frozen")
     assert_same_scores(task)
-    times = milliseconds(task, options.repeats)
+    times = pairs(task, options.repeats)
     rows = []
     for name, one in variants(task).items():
-        ratios = [mine / bare for mine, bare in zip(times[name], times["no hooks"], strict=True)]
-        quarters = statistics.quantiles(ratios, n=4)
         held, peak = live_bytes(one)
-        rows.append(
-            {
-                "parameters": "frozen" if frozen else "trained",
-                "variant": name,
-                "median_ms": statistics.median(times[name]),
-                "ratio": round(statistics.median(ratios), 4),
-                "ratio_quartiles": [round(quarters[0], 4), round(quarters[2], 4)],
-                "held_bytes": held,
-                "peak_bytes": peak,
-                "milliseconds": times[name],
-            }
-        )
-        sys.stderr.write(" ".join(f"{value}" for value in list(rows[-1].values())[:-1]) + "\n")
+        row = {
+            "allocator": allocator,
+            "parameters": parameters,
+            "variant": name,
+            "median_ms": statistics.median(mine for mine, *_ in times[name]),
+            "ratio": quartiles([mine / bare for mine, _, bare, _ in times[name]]),
+            "processor_ratio": quartiles([mine / bare for _, mine, _, bare in times[name]]),
+            "held_bytes": held,
+            "peak_bytes": peak,
+        }
+        sys.stderr.write(f"{row}\n")
+        rows.append({**row, "milliseconds": times[name]})
     return rows
 
 
@@ -226,13 +251,22 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--num-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hooks_cpu_202611.json")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.alone is not None:
+        sys.stdout.write(json.dumps(measured(options, *options.alone)))
+        return
+    rows = []
+    for allocator, settings in ALLOCATORS.items():
+        for parameters in ("trained", "frozen"):
+            call = [sys.executable, __file__, *sys.argv[1:], "--alone", allocator, parameters]
+            done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **settings})
+            rows += json.loads(done.stdout)
     torch.set_num_threads(options.threads)
-    rows = [row for frozen in (False, True) for row in measured(options, frozen)]
     write_result(
         options.out,
         force=options.force,

@@ -97,12 +97,12 @@ def knockout() -> Iterator[str]:
 
 def hooks() -> Iterator[str]:
     """What capturing adds to a forward and backward pass, as time and as bytes held between the two."""
-    yield "| capture | parameters | time over a pass without | held between forward and backward |"
-    yield "|---|---|---|---|"
+    yield "| capture | parameters | allocator | time over a pass without | held between forward and backward |"
+    yield "|---|---|---|---|---|"
     for row in loaded("hooks")["rows"]:
         held = "its own pass" if row["held_bytes"] is None else bytes_of(row["held_bytes"])
-        low, high = row["ratio_quartiles"]
-        yield f"| {row['variant']} | {row['parameters']} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) | {held} |"
+        ratio = "{median:.3f} ({low:.3f}-{high:.3f})".format(**row["ratio"])
+        yield f"| {row['variant']} | {row['parameters']} | {row['allocator']} | {ratio} | {held} |"
 
 
 TABLES = {

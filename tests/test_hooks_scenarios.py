@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import given
 from torch import Tensor, nn
 
 from tests import hooks_run
-from tests.hooked_network import PLAIN, Net, loss_of, naive_capture
+from tests.hooked_network import PLAIN, Case, Net, cases, loss_of, naive_capture
 from tests.strategies import normal
 from tests.test_hooks_capture import tiny
 from torch_simu.hooks import NeuronHookError, register_neuron_hooks
+from torch_simu.hooks.tap import InputTap
 
 Pairs = dict[str, list[Tensor]]
 
@@ -86,7 +88,7 @@ USES = [PLAIN, replace(PLAIN, frozen=True), replace(PLAIN, keyword=True, checkpo
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("case", USES, ids=["plain", "frozen", "checkpointed"])
-def test_offloaded_layers_are_captured_where_their_input_is(case, place: str, tmp_path: Path) -> None:
+def test_offloaded_layers_are_captured_where_their_input_is(case: Case, place: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     net = case.network()
     if place == "cpu":
@@ -271,6 +273,37 @@ def test_autocast_is_captured_in_the_dtype_of_the_input() -> None:
             return net(normal(8, 5, 4))
 
     assert_retained(net, ["1", "2"], run)
+
+
+# What hooks cost
+
+
+def assert_nothing_more_is_kept(case: Case) -> None:
+    """A forward under hooks keeps the same bytes for its backward, counted once per storage."""
+    sizes = []
+    for hooked in (False, True):
+        net, kept = case.network(), {}
+
+        def keep(tensor: Tensor, kept: dict[int, torch.UntypedStorage] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        hooks = register_neuron_hooks(net, "down") if hooked else nullcontext()
+        with hooks, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(case.inputs())
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
+    assert sizes[0] == sizes[1]
+
+
+@given(case=cases.filter(lambda case: case.checkpointing == "off" and not case.frozen))
+def test_hooks_keep_no_tensor_that_autograd_does_not_keep_anyway(case: Case) -> None:
+    assert_nothing_more_is_kept(case)
+
+
+def test_the_law_tells_hooks_that_keep_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InputTap, "copies", property(lambda tap: True, lambda tap, copies: None), raising=False)
+    with pytest.raises(AssertionError):
+        assert_nothing_more_is_kept(PLAIN)
 
 
 # Compilers and transforms
