@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
 from torch_simu.curvature import gauss_newton_loss
-from torch_simu.deltas import attach_deltas
+from torch_simu.deltas import attach_deltas, attached_layers
 from torch_simu.int8 import holds_codes
-from torch_simu.layers import attention_projections
+from torch_simu.layers import attention_projections, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.checkpoint import Record
@@ -56,10 +56,8 @@ def make_optimizer(
 ) -> tuple[dict[str, nn.Parameter], Optimizer]:
     """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards."""
     groups: list[dict[str, object]]
-    if selection is not None and any(holds_codes(model.get_submodule(layer)) for layer in selection):
-        groups = _delta_groups(model, selection, config)
-    elif selection is not None:
-        groups = selection.param_groups(model, attention=config.attention)
+    if selection is not None:
+        groups = trained_groups(model, selection, config.attention)
     else:
         model.requires_grad_(False)
         owners = attention_projections(model).values() if config.where == "attention" else [model]
@@ -86,11 +84,35 @@ def make_optimizer(
     )
 
 
-def _delta_groups(model: PreTrainedModel, selection: NeuronSelection, config: UnlearnConfig) -> list[dict[str, object]]:
-    """Attach deltas, beside which the codes stay as they are; attention trains whole where it is not quantized."""
+def trained_groups(
+    model: nn.Module, selection: NeuronSelection, attention: Literal["full", "frozen"]
+) -> list[dict[str, object]]:
+    """Return groups for `SIMUOptimizer`; nothing else requires a gradient afterwards.
+
+    Float layers train in place. Where a selected layer is quantized, or has a delta already, deltas train: they are
+    attached to what has none.
+
+    Args:
+        model: The model the selection was made on.
+        selection: The neurons that train.
+        attention: Whether the attention projections train whole; they must not be quantized then.
+
+    Raises:
+        ValueError: If a delta is of other neurons than the selection's, or as `NeuronSelection.param_groups` and
+            `attach_deltas` do.
+    """
+    attached = attached_layers(model)
+    if not attached and not any(holds_codes(layer) for layer in select_layers(model, selection).values()):
+        return selection.param_groups(model, attention=attention)
+    for name, layer in attached.items():
+        if name not in selection or layer.idx.tolist() != selection[name].tolist():
+            wrong = f"The delta of layer {name!r} is of other neurons than the selection's"
+            raise ValueError(problem(wrong, "the same", "Merge or detach it first."))
+    missing = {name: selection[name] for name in selection if name not in attached}
+    attach_deltas(model, NeuronSelection(missing, {name: selection.num_neurons[name] for name in missing}))
     model.requires_grad_(False)
-    groups: list[dict[str, object]] = [{"params": list(attach_deltas(model, selection).values())}]
-    if config.attention == "full":
+    groups: list[dict[str, object]] = [{"params": [layer.delta for layer in attached_layers(model).values()]}]
+    if attention == "full":
         # Refused by the selection's own message if these are quantized, too.
         groups += NeuronSelection({}, {}).param_groups(model, attention="full")
     for group in groups:

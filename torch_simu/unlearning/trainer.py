@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from torch_simu._checks import problem
 from torch_simu.curvature import IGNORED
+from torch_simu.deltas import attached_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.objectives import Objective
 from torch_simu.unlearning.pairs import PairCollator
+from torch_simu.unlearning.steps import trained_groups
 
 _UNITS = ("forget tokens", "retain tokens", "pairs")
 
@@ -41,7 +43,7 @@ class SIMUOptimizerFactory:
         attention: Literal["full", "frozen"] = "full",
         **options: Any,
     ) -> SIMUOptimizer:
-        """Return an optimizer of the selected neurons; nothing else requires a gradient afterwards.
+        """Return an optimizer of the selected neurons, or of their deltas; nothing else requires a gradient afterwards.
 
         Args:
             model: The model the selection was made on.
@@ -53,7 +55,28 @@ class SIMUOptimizerFactory:
             ValueError: If an option is out of bounds, or the selection does not fit the model.
             KeyError: If a layer is not in the model.
         """
-        return SIMUOptimizer(selection.param_groups(model, attention=attention), **options)
+        return SIMUOptimizer(trained_groups(model, selection, attention), **options)
+
+
+def allow_quantized_training(model: PreTrainedModel) -> None:
+    """Let a Trainer train the deltas of a quantized model, which it refuses as "purely quantized" otherwise.
+
+    It looks for adapters of its own kind. This says of the one model, in the one place where it looks, that it can be
+    trained; codes are not.
+
+    Args:
+        model: A quantized model with deltas.
+
+    Raises:
+        ValueError: If no layer has a delta.
+    """
+    if not attached_layers(model):
+        advice = "Call attach_deltas first: codes cannot be trained."
+        raise ValueError(problem("No layer of the model has a delta", "at least one", advice))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        kind = type(quantizer)
+        quantizer.__class__ = type(kind.__name__, (kind,), {"is_trainable": True, "is_qat_trainable": True})
 
 
 class UnlearningTrainer(Trainer):
@@ -66,7 +89,7 @@ class UnlearningTrainer(Trainer):
 
     The model is in train mode, as the Trainer sets it: switch dropout off in its configuration. The Trainer clips the
     norm of the gradient, unselected entries included, unless `max_grad_norm=0`; a step of `SIMUOptimizer` is clipped
-    by itself.
+    by itself. The deltas of a quantized model train as they are.
 
     Args:
         model: As in `Trainer`.
@@ -92,6 +115,8 @@ class UnlearningTrainer(Trainer):
         **options: Any,
     ) -> None:
         options.setdefault("data_collator", PairCollator())
+        if model is not None and attached_layers(model):
+            allow_quantized_training(model)
         super().__init__(model, args, **options)
         self.model_accepts_loss_kwargs = True
         self.objective: Objective = objective
