@@ -17,7 +17,7 @@ from tests.models import tiny
 from tests.quantized import eight_bit, four_bit, quantized
 from tests.strategies import normal, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, detach_deltas, merge_deltas
-from torch_simu.deltas import attached_layers, load_deltas, save_deltas
+from torch_simu.deltas import attached_layers, load_deltas, save_deltas, write_back
 from torch_simu.deltas import layer as delta_layer
 from torch_simu.int8 import eight_bit_codes
 
@@ -346,3 +346,43 @@ def test_no_activation_is_held_for_the_backward_pass() -> None:
         # The selected activations and the delta; scales, or the float weight itself.
         weights = WIDTH * SIZE * 4 if kind == "linear" else WIDTH * 4
         assert sum(held) <= 4 * (128 * 3 + WIDTH * 3) + weights
+
+
+@given(neurons, seeds, st.sampled_from([1e-4, 1e-2, 1.0, 100.0]))
+def test_writing_back_changes_selected_codes_only_and_says_what_was_lost(
+    chosen: set[int], seed: int, size: float
+) -> None:
+    model = as_model("8bit", seed, torch.float32)
+    codes, scales = (each.clone() for each in eight_bit_codes(model[0]))
+    delta = attach_deltas(model, NeuronSelection({"0": chosen}, {"0": SIZE}))["0"]
+    with torch.no_grad():
+        delta.copy_(size * normal(seed + 1, *delta.shape))
+    report = write_back(model)["0"]
+    assert type(model[0]).__name__ == "Linear8bitLt"
+    after, same_scales = eight_bit_codes(model[0])
+    columns = sorted(chosen)
+    kept = torch.ones(SIZE, dtype=torch.bool)
+    kept[columns] = False
+    assert torch.equal(after[:, kept], codes[:, kept]) and torch.equal(same_scales, scales)
+    step = scales[:, None] / 127
+    wanted = codes[:, columns].float() * step + delta.detach()
+    for row in range(WIDTH):
+        # The nearest of all codes.
+        levels = torch.arange(-127, 128) * step[row]
+        nearest = (levels[None] - wanted[row][:, None]).abs().min(dim=1).values
+        found = (after[row, columns].float() * step[row] - wanted[row]).abs()
+        torch.testing.assert_close(found, nearest, rtol=1e-3, atol=1e-5 * size)
+    assert report.changed == pytest.approx((after[:, columns] != codes[:, columns]).float().mean().item())
+    assert (report.clamped > 0.5) == (size == 100.0)
+    if size == 1e-4:
+        assert report.realized < 0.5
+    if size == 1.0:
+        assert report.realized > 0.5
+
+
+def test_float_layers_are_not_written_back() -> None:
+    model = nn.Sequential(float_linear(0))
+    attach_deltas(model, NeuronSelection({"0": [1]}, {"0": SIZE}))
+    with pytest.raises(ValueError, match="The weight of layer '0' holds torch.float32, expected 8-bit codes. Merge"):
+        write_back(model)
+    assert list(attached_layers(model)) == ["0"]

@@ -72,7 +72,9 @@ def merge_deltas(model: nn.Module) -> None:
     for name, layer in layers.items():
         if is_4bit(layer) or not layer.weight.is_floating_point():
             wrong = f"The weight of layer {name!r} holds {layer.weight.dtype} codes"
-            advice = "Keep the delta beside it: save_deltas writes it; torch_simu.int8.write_back is a lossy export."
+            advice = (
+                "Keep the delta beside it: save_deltas writes it, and torch_simu.deltas.write_back is a lossy export."
+            )
             raise ValueError(problem(wrong, "a floating-point weight", advice))
     for layer in layers.values():
         weight, dim = layer.weight, cast("int", neuron_dim(layer))
