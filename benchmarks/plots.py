@@ -46,6 +46,27 @@ def knockout(axes: Axes) -> None:
     axes.legend(title="without the top 3, 10, 30 % by", frameon=False)
 
 
+def relearning(axes: Axes) -> None:
+    """Extraction strength of forget people who are not shown, while others are."""
+    rows = [
+        row
+        for row in loaded("robustness")["rows"]
+        if row["attack"] in ("none", "relearned from a third of the forget people")
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ours = [row for row in rows if row["method"] == method]
+        steps = sorted({row.get("relearn_steps", 0) for row in ours})
+        values = [[row["forget"]["es"] for row in ours if row.get("relearn_steps", 0) == step] for step in steps]
+        style = "--" if method in ("before", "retrained") else "-"
+        (line,) = axes.plot(steps, [mean(each) for each in values], style, marker="o", label=method)
+        axes.fill_between(
+            steps, [min(each) for each in values], [max(each) for each in values], alpha=0.12, color=line.get_color()
+        )
+    axes.set_xlabel("steps of relearning from a third of the forget people")
+    axes.set_ylabel("extraction strength of the others")
+    axes.legend(frameon=False, loc=(0.02, 0.52), fontsize=8)
+
+
 def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -> None:
     """Write one plot."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -58,6 +79,7 @@ def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -
 def main() -> None:
     draw("attribution_time", times, 8, 4.2)
     draw("knockout", knockout, 6.4, 4.4)
+    draw("relearning", relearning, 6.8, 4.4)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,9 +50,9 @@ def steps(size: str, fraction: float) -> Iterator[str]:
     medians = {row["optimizer"]: row["median"] for row in rows if "median" in row}
     yield "| optimizer | step | over simu | over simu_compact |"
     yield "|---|---|---|---|"
-    for name, median in medians.items():
-        over = [f"{median / medians[ours]:.1f}" for ours in ("simu", "simu_compact")]
-        yield f"| {name} | {median:.2f} ms | {' | '.join(over)} |"
+    for name, found in medians.items():
+        over = [f"{found / medians[ours]:.1f}" for ours in ("simu", "simu_compact")]
+        yield f"| {name} | {found:.2f} ms | {' | '.join(over)} |"
 
 
 def memory(size: str, fraction: float) -> Iterator[str]:
@@ -105,6 +105,37 @@ def hooks() -> Iterator[str]:
         yield f"| {row['variant']} | {row['parameters']} | {row['allocator']} | {ratio} | {held} |"
 
 
+def robustness() -> Iterator[str]:
+    """Extraction strength of forget people that no attack shows: mean over the seeds, and the range."""
+    rows = loaded("robustness")["rows"]
+    most = max(row.get("relearn_steps", 0) for row in rows)
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    yield "| method | " + " | ".join(attacks) + " |"
+    yield "|---|" + "---|" * len(attacks)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for attack in attacks:
+            ours = [row for row in rows if (row["method"], row["attack"]) == (method, attack)]
+            cells.append(spread([row["forget"]["es"] for row in ours if row.get("relearn_steps", most) == most]))
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def deltas() -> Iterator[str]:
+    """Bytes held under checkpointing, and time beside a masked dense gradient."""
+    rows = loaded("deltas")["rows"]
+    yield "| | bitsandbytes' own layers | with deltas | ratio |"
+    yield "|---|---|---|---|"
+    for mode in ("train", "eval"):
+        held = {row["layer"]: row["bytes"] for row in rows if row["what"] == "held" and row["mode"] == mode}
+        theirs, ours = held["bitsandbytes"], held["with deltas"]
+        yield f"| held, {mode} mode | {bytes_of(theirs)} | {bytes_of(ours)} | {ours / theirs:.2f} |"
+    yield "| | **dense gradient and mask** | **with deltas** | |"
+    for row in rows:
+        if row["what"] == "time":
+            theirs, ours = (f"{median(values):.0f} ms" for values in row["milliseconds"].values())
+            yield f"| forward and backward, {row['fraction']:.0%} | {theirs} | {ours} | {row['ratio']:.2f} |"
+
+
 TABLES = {
     "demo": lambda: kept("demo"),
     "demo_no_topic": lambda: kept("demo_no_topic"),
@@ -114,6 +145,8 @@ TABLES = {
     "attribution": methods,
     "knockout": knockout,
     "hooks": hooks,
+    "robustness": robustness,
+    "deltas": deltas,
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests import distributed_attribution
+from tests import distributed_attribution, distributed_deltas
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.unlearning.data import Example
 from torch_simu.unlearning.refresh import CurvatureRefresh
@@ -367,6 +367,7 @@ SCENARIOS = [
     the_selection_of_one_process_reaches_all,
     mutants_break_the_law,
     *distributed_attribution.SCENARIOS,
+    *distributed_deltas.SCENARIOS,
 ]
 
 
