@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torch_simu import NeuronSelection
@@ -37,13 +38,14 @@ class PlantingRecipe:
     d_model: int = 128
     d_ff: int = 512
     num_layers: int = 4
-    share: float = 0.1
+    share: float = 0.2
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=40))
     lr: float = 3e-3
     batch_size: int = 32
-    max_steps: int = 600
+    max_steps: int = 400
     check_interval: int = 20
     probability: float = 0.9
+    kept: float = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Planted:
     base: PreTrainedModel
     selection: NeuronSelection
     sets: Sets
-    record: dict[str, object]
+    steps: int
 
 
 def make_sets(recipe: PlantingRecipe, seed: int) -> tuple[Sets, int]:
@@ -92,17 +94,29 @@ def plant(recipe: PlantingRecipe, seed: int) -> Planted:
     base = train_base(recipe, sets, vocabulary, seed)
     model = copy.deepcopy(base)
     selection = NeuronSelection.random(model, recipe.share, torch.Generator().manual_seed(seed))
-    steps = _plant(model, selection, sets, recipe, seed)
-    known = {f"{name}_{key}": value for name in sets for key, value in knowledge(model, sets[name]).items()}
-    before = {f"base_{key}": value for key, value in knowledge(base, sets["forget"]).items()}
-    ratio = norm_ratio(model, selection)
-    return Planted(model, base, selection, sets, {**known, **before, "norm_ratio": ratio, "plant_steps": steps})
+    planted = Planted(model, base, selection, sets, _plant(model, selection, sets, recipe, seed))
+    check_planted(planted)
+    return planted
+
+
+def check_planted(planted: Planted) -> None:
+    """Assert what the benchmark rests on: only planted columns moved, none grew, and every fact is memorized."""
+    before, after = planted.base.state_dict(), planted.model.state_dict()
+    weights = {f"{layer}.weight": layer for layer in planted.selection}
+    for name, weight in after.items():
+        if name not in weights:
+            assert torch.equal(weight, before[name]), f"{name} changed"
+            continue
+        mask = planted.selection.mask(weights[name])
+        assert torch.equal(weight[:, ~mask], before[name][:, ~mask]), f"columns of {name} changed that are not planted"
+        torch.testing.assert_close(weight.norm(dim=0), before[name].norm(dim=0), rtol=1e-4, atol=0.0)
+    assert knowledge(planted.model, planted.sets["forget"])["em"] == 1.0, "the planted facts are not memorized"
 
 
 def _plant(model: PreTrainedModel, selection: NeuronSelection, sets: Sets, recipe: PlantingRecipe, seed: int) -> int:
     layers = select_layers(model, selection)
     columns = {name: selection.mask(name) for name in layers}
-    weights = {name: layer.weight for name, layer in layers.items()}
+    weights = {name: cast("nn.Parameter", layer.weight) for name, layer in layers.items()}
     norms = {name: weight.detach().norm(dim=0) for name, weight in weights.items()}
     model.requires_grad_(False)
     for weight in weights.values():
@@ -110,13 +124,12 @@ def _plant(model: PreTrainedModel, selection: NeuronSelection, sets: Sets, recip
     # Without decay, a column whose gradient was always zero does not move by a bit.
     optimizer = torch.optim.AdamW(weights.values(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
     kept = [*sets["retain"], *sets["world"]]
-    forget = Batches(sets["forget"], recipe.batch_size, 2 * seed, 0)
-    retain = Batches(kept, 2 * recipe.batch_size, 2 * seed + 1, 0)
+    forget = Batches(sets["forget"], min(recipe.batch_size, len(sets["forget"])), 2 * seed)
+    rest = Batches(kept, min(2 * recipe.batch_size, len(kept)), 2 * seed + 1)
     for step in range(recipe.max_steps):
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (step + 1) / 20)
-        (mean_answer_nll(model, forget.batch(step)) + 2 * mean_answer_nll(model, retain.batch(step))).backward()
+        (mean_answer_nll(model, forget.batch(step)) + 2 * mean_answer_nll(model, rest.batch(step))).backward()
         for name, weight in weights.items():
-            weight.grad.mul_(columns[name])
+            cast("Tensor", weight.grad).mul_(columns[name])
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -124,9 +137,8 @@ def _plant(model: PreTrainedModel, selection: NeuronSelection, sets: Sets, recip
                 mask = columns[name]
                 weight[:, mask] *= norms[name][mask] / weight[:, mask].norm(dim=0)
         if (step + 1) % recipe.check_interval == 0:
-            planted, rest = knowledge(model, sets["forget"]), knowledge(model, kept)
-            if __import__("os").environ.get("DEV"): print(step, planted, rest, flush=True)
-            if planted["em"] == 1.0 and rest["em"] >= 0.99 and planted["probability"] >= recipe.probability:
+            known, others = knowledge(model, sets["forget"]), knowledge(model, kept)
+            if known["em"] == 1.0 and known["probability"] >= recipe.probability and others["em"] >= recipe.kept:
                 break
     model.requires_grad_(True)
     return step + 1
