@@ -136,6 +136,48 @@ def deltas() -> Iterator[str]:
             yield f"| forward and backward, {row['fraction']:.0%} | {theirs} | {ours} | {row['ratio']:.2f} |"
 
 
+def planted() -> Iterator[str]:
+    """How well each score finds planted columns, under the rule that was best on other seeds: mean and deviation."""
+    result = loaded("planted")
+    found = {
+        (row["method"], row["objective"], row["rule"]): row for row in result["summary"] if row["kind"] == "scores"
+    }
+    tuned = [found[each["method"], each["objective"], each["rule"]] for each in loaded("planted_tuning")["best_rules"]]
+    plain = [
+        row for key, row in found.items() if key[:2] in (("exact", "logprob"), ("exact", "prob"), ("exact", "loss"))
+    ]
+    plain = [row for row in plain if row["rule"] in ("raw", "contrast") and row not in tuned]
+    yield "| score | objective | rule | AUC | precision and recall at k |"
+    yield "|---|---|---|---|---|"
+    for row in sorted([*tuned, *plain], key=lambda row: -row["auc"]["mean"]):
+        name = " ".join(row["method"].split("_"))
+        rule = " ".join(row["rule"].split("_")) + ("" if row in tuned else " (not tuned)")
+        auc = f"{row['auc']['mean']:.3f} ({row['auc']['std']:.3f})"
+        yield f"| {name} | {row['objective']} | {rule} | {auc} | {row['precision_at_k']['mean']:.3f} |"
+
+
+def planted_masks() -> Iterator[str]:
+    """What each mask erases and keeps, and what comes back: mean and deviation over the seeds."""
+    heads = (
+        "mask",
+        "precision",
+        "retain EM",
+        "world EM",
+        "others after a third",
+        "after unrelated",
+        "forget EM zeroed",
+    )
+    yield f"| {' | '.join(heads)} |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in loaded("planted")["summary"]:
+        if row["kind"] != "erase":
+            continue
+        keys = ("precision", "retain_em", "world_em", "hidden_after_a_third_probability")
+        keys += ("hidden_after_unrelated_probability", "forget_em_zeroed")
+        cells = [f"{row[key]['mean']:.3f} ({row[key]['std']:.3f})" if key in row else "" for key in keys]
+        yield f"| {' '.join(row['mask'].split('_'))} | {' | '.join(cells)} |"
+
+
 TABLES = {
     "demo": lambda: kept("demo"),
     "demo_no_topic": lambda: kept("demo_no_topic"),
@@ -145,6 +187,8 @@ TABLES = {
     "attribution": methods,
     "knockout": knockout,
     "hooks": hooks,
+    "planted": planted,
+    "planted_masks": planted_masks,
     "robustness": robustness,
     "deltas": deltas,
 }
