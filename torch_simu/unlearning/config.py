@@ -82,7 +82,7 @@ class UnlearnConfig:
     scope: Literal["layer", "global"] = "layer"
     attention: Literal["frozen", "full"] = "frozen"
     layers: str | None = None
-    attribution_method: Literal["auto", "packed", "prefix", "layerwise", "joint"] = "auto"
+    attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
     attribution_steps: int = 10
     attribution_rows: int = 400
     lr: float = 1e-3
