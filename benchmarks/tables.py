@@ -44,9 +44,9 @@ def kept(name: str) -> Iterator[str]:
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-def steps(size: str, fraction: float) -> Iterator[str]:
+def steps(size: str, fraction: float, run: str = "optimizer_step") -> Iterator[str]:
     """Milliseconds of a step on one size and fraction, and over those of ours."""
-    rows = [row for row in loaded("optimizer_step")["rows"] if row["size"] == size and row["fraction"] == fraction]
+    rows = [row for row in loaded(run)["rows"] if row["size"] == size and row["fraction"] == fraction]
     medians = {row["optimizer"]: row["median"] for row in rows if "median" in row}
     yield "| optimizer | step | over simu | over simu_compact |"
     yield "|---|---|---|---|"
@@ -183,6 +183,7 @@ TABLES = {
     "demo_no_topic": lambda: kept("demo_no_topic"),
     "tofu_forget01": lambda: kept("tofu_forget01"),
     "optimizer_step": lambda: steps("bar", 0.05),
+    "optimizer_step_second": lambda: steps("bar", 0.05, "optimizer_step_second"),
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
     "knockout": knockout,
