@@ -90,6 +90,16 @@ def test_every_known_architecture_with_a_cache_is_exact_by_decoding(name: str) -
 
 _HALF = (("layer_types", ("sliding_attention", "full_attention")),)
 _SOME = (("use_sliding_window", True), ("max_window_layers", 1))
+
+
+@pytest.mark.parametrize("config", [{"alibi": True}, {"new_decoder_architecture": True}])
+def test_falcon_is_exact_with_linear_biases_and_in_its_newer_form(config: dict[str, bool]) -> None:
+    model, rows = lively("falcon", **config), sequences(3)
+    attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+    assert attribution.provenance["method"] == ("decode" if "alibi" in config else "packed")
+    assert_exact(attribution, model, rows)
+
+
 WINDOWED = {
     **dict.fromkeys(("mistral", "phi3", "starcoder2", "mixtral"), ()),
     "qwen3_moe": _SOME[:1],

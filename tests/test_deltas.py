@@ -386,3 +386,24 @@ def test_float_layers_are_not_written_back() -> None:
     with pytest.raises(ValueError, match="The weight of layer '0' holds torch.float32, expected 8-bit codes. Merge"):
         write_back(model)
     assert list(attached_layers(model)) == ["0"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# Dynamo makes an instance of the class to trace its static methods.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "8bit"])
+def test_a_model_with_deltas_compiles(kind: str, train: bool) -> None:
+    model = as_model(kind, 0, torch.float32).train(train)
+    delta = attach_deltas(model, NeuronSelection({"0": [1, 5]}, {"0": SIZE}))["0"]
+    with torch.no_grad():
+        delta.copy_(normal(1, *delta.shape))
+    x = normal(2, 4, SIZE)
+    expected = model(x)
+    expected.square().sum().backward()
+    wanted, delta.grad = delta.grad, None
+    # Traced and run as traced, without a compiler of the system.
+    found = torch.compile(model, backend="aot_eager")(x)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(delta.grad, wanted)
