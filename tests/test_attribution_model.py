@@ -167,6 +167,7 @@ def test_malformed_batches_are_named(batches: list[object], error: type[Exceptio
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": 2.0}, TypeError, "steps is 2.0"),
         ({"select": "no_such"}, ValueError, "'no_such' matches no layer"),
+        ({"group": "world"}, TypeError, "group is a str, expected a ProcessGroup"),
     ],
 )
 def test_unknown_options_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:

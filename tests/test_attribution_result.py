@@ -178,6 +178,9 @@ def test_an_unknown_way_with_dual_neurons_and_other_layers_are_refused() -> None
     one = attribution(a=[1.0, 2.0])
     with pytest.raises(ValueError, match="dual is 'dropped', expected one of 'keep', 'drop', 'isolate'"):
         one.top(0.5, retain=one, dual="dropped")
+    for call in (lambda: one.select(retain="scores"), lambda: one.contrast(None), lambda: one.stability([1.0])):
+        with pytest.raises(TypeError, match="The other scores are of type .*, expected an Attribution"):
+            call()
     for call in (lambda: one.select(retain=attribution(b=[1.0])), lambda: one + attribution(a=[1.0]),
                  lambda: one.stability(attribution(b=[1.0]))):  # fmt: skip
         with pytest.raises(ValueError, match="The layers differ in"):

@@ -151,6 +151,7 @@ class Attribution:
 
         Raises:
             ValueError: If the layers differ, or a score is not finite.
+            TypeError: If `other` is no attribution.
 
         Examples:
             >>> forget = Attribution({"mlp": torch.tensor([1.0, 3.0]).double()}, {}, 1, {})
@@ -225,6 +226,8 @@ class Attribution:
         return {"keep": mine, "drop": mine - theirs, "isolate": mine & theirs}[dual]
 
     def _check_layers(self, other: Attribution) -> None:
+        if not isinstance(other, Attribution):
+            raise TypeError(problem(f"The other scores are of type {type(other).__name__}", "an Attribution"))
         mine, theirs = ({layer: len(score) for layer, score in each.scores.items()} for each in (self, other))
         if mine != theirs:
             different = dict(sorted(mine.items() ^ theirs.items()))

@@ -22,7 +22,11 @@ def share_of(rows: Sequence[Row], fingerprint: str, group: dist.ProcessGroup) ->
 
     Raises:
         ValueError: If the fingerprints differ.
+        TypeError: If `group` is no process group.
     """
+    if not isinstance(group, dist.ProcessGroup):
+        advice = "Pass torch.distributed.group.WORLD after init_process_group."
+        raise TypeError(problem(f"group is a {type(group).__name__}", "a ProcessGroup", advice))
     found: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(found, fingerprint, group=group)
     if len(set(found)) > 1:
