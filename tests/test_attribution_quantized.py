@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from scipy.stats import spearmanr
-from torch import nn
 
+from tests.quantized import quantized
 from tests.reference_attribution import lively, padded_batch, sequences
 from torch_simu.attribution import attribute_neurons
-
-bnb = pytest.importorskip("bitsandbytes")
-
-
-def in_eight_bits(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers, the head aside, are bitsandbytes' own."""
-    model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-            model.set_submodule(name, new.to("cpu"))
-    return model
 
 
 @pytest.mark.parametrize("method", ["packed", "decode", "auto"])
 def test_an_8_bit_model_is_attributed_exactly_and_like_the_float_model(method: str) -> None:
     float_model = lively("llama")
-    model, batch = in_eight_bits(float_model), padded_batch(sequences(4, num_rows=6), "right")
+    model, batch = quantized(float_model, "8bit"), padded_batch(sequences(4, num_rows=6), "right")
     codes = {name: param.clone() for name, param in model.named_parameters()}
     expected = attribute_neurons(model, [batch], steps=4, method="prefix")
     found = attribute_neurons(model, [batch], steps=4, method=method)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -22,12 +21,6 @@ from torch_simu.deltas import layer as delta_layer
 from torch_simu.int8 import eight_bit_codes
 
 SIZE, WIDTH = 64, 32
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """bitsandbytes logs a line for every forward pass in 8 bits."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def float_linear(seed: int) -> nn.Module:

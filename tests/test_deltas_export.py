@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.strategies import normal, seeds
-from tests.test_deltas import KINDS, SIZE, WIDTH, as_model, float_linear, neurons, quiet  # noqa: F401 (a fixture)
+from tests.test_deltas import KINDS, SIZE, WIDTH, as_model, float_linear, neurons
 from torch_simu import NeuronSelection, attach_deltas, merge_deltas
 from torch_simu.deltas import attached_layers, load_deltas, save_deltas, write_back
 from torch_simu.int8 import eight_bit_codes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -15,11 +13,6 @@ from torch_simu.deltas import attached_layers
 from torch_simu.int8 import fingerprint
 from torch_simu.unlearning.loading import load_model
 from torch_simu.unlearning.trainer import allow_quantized_training
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @pytest.fixture

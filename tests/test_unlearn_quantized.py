@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 
 import pytest
 import torch
@@ -16,11 +15,6 @@ from torch_simu import NeuronSelection
 from torch_simu.deltas import attached_layers
 from torch_simu.int8 import fingerprint
 from torch_simu.unlearning.loading import load_model
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])

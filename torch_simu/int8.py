@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torch_simu._checks import problem
+from torch_simu._hashes import sha256_of_all
 
 BLOCK = 256
 """Values that share a scale."""
@@ -231,11 +231,7 @@ def fingerprint(layer: nn.Module) -> str:
         parts += [scales] if isinstance(scales, Tensor) else []
         state = getattr(layer.weight, "quant_state", None)
         parts += [value for _, value in sorted(state.as_dict(packed=True).items())] if state is not None else []
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-        digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return sha256_of_all(("", part) for part in parts)
 
 
 def _is_named(layer: nn.Module, name: str) -> bool:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu._hashes import sha256_of_all
 
 _KIND = "AttributionCheckpoint"
 _SECONDS = 10.0
@@ -92,11 +92,6 @@ def config_hash(model: nn.Module) -> str:
 
 def weights_hash(model: nn.Module) -> str:
     """Return the sha256 of all parameters and buffers, bit by bit; of sharded ones, of this process's shards."""
-    digest = hashlib.sha256()
-    for name, whole in [*model.named_parameters(), *model.named_buffers()]:
-        tensor = whole.to_local() if isinstance(whole, DTensor) else whole
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.device.type != "meta":
-            # Bytes, because numpy has no bfloat16.
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    mine = ((name, whole.to_local() if isinstance(whole, DTensor) else whole) for name, whole in tensors)
+    return sha256_of_all((name, tensor) for name, tensor in mine if tensor.device.type != "meta")

@@ -68,7 +68,7 @@ def merge_deltas(model: nn.Module) -> None:
     Raises:
         ValueError: If no layer has a delta, or one has codes instead of float weights; nothing is merged then.
     """
-    layers = _attached(model)
+    layers = checked_layers(model)
     for name, layer in layers.items():
         if is_4bit(layer) or not layer.weight.is_floating_point():
             wrong = f"The weight of layer {name!r} holds {layer.weight.dtype} codes"
@@ -92,11 +92,16 @@ def detach_deltas(model: nn.Module) -> None:
     Raises:
         ValueError: If no layer has a delta.
     """
-    for layer in _attached(model).values():
+    for layer in checked_layers(model).values():
         detach(layer)
 
 
-def _attached(model: nn.Module) -> dict[str, DeltaLayer]:
+def checked_layers(model: nn.Module) -> dict[str, DeltaLayer]:
+    """Return the layers that have a delta, and raise where there is none.
+
+    Raises:
+        ValueError: If no layer has a delta.
+    """
     layers = attached_layers(model)
     if not layers:
         raise ValueError(problem("No layer of the model has a delta", "at least one", "Call attach_deltas first."))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.deltas.attach import _attached
+from torch_simu.deltas.attach import checked_layers
 from torch_simu.deltas.layer import DeltaLayer, detach
 
 
@@ -47,7 +47,7 @@ def write_back(model: nn.Module) -> dict[str, WriteBack]:
             ...
         ValueError: No layer of the model has a delta, expected at least one. Call attach_deltas first.
     """
-    layers = _attached(model)
+    layers = checked_layers(model)
     for name, layer in layers.items():
         if layer.weight.dtype != torch.int8:
             wrong = f"The weight of layer {name!r} holds {layer.weight.dtype}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
-from torch_simu.deltas.attach import _attached, attach_deltas
+from torch_simu.deltas.attach import attach_deltas, checked_layers
 from torch_simu.deltas.layer import DeltaLayer
 from torch_simu.int8 import fingerprint
 from torch_simu.layers import num_neurons
@@ -25,7 +25,7 @@ def save_deltas(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: If no layer has a delta.
     """
-    layers = _attached(model)
+    layers = checked_layers(model)
     tensors = {f"{name}.delta": layer.delta.detach() for name, layer in layers.items()}
     tensors |= {f"{name}.idx": layer.idx for name, layer in layers.items()}
     header = {

@@ -28,6 +28,11 @@ def is_fused_experts(module: nn.Module) -> bool:
     return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
+def has_neurons(module: nn.Module) -> bool:
+    """Say whether `module` holds neurons, as its inputs or inside."""
+    return is_neuron_layer(module) or is_fused_experts(module)
+
+
 def neuron_weight(module: nn.Module) -> nn.Parameter:
     """Return the parameter whose columns belong to the neurons.
 

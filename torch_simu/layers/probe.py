@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.layers.kinds import d_model, is_fused_experts, is_neuron_layer
+from torch_simu.layers.kinds import d_model, has_neurons, is_fused_experts, is_neuron_layer
 
 _LENGTH = 8
 _MOVED = 1e-6
@@ -85,7 +85,7 @@ def _children(block: nn.Module) -> list[nn.Module]:
 
 def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, _Call]:
     calls: dict[nn.Module, _Call] = {}
-    inside = {layer: child for child in children for layer in child.modules() if _has_neurons(layer)}
+    inside = {layer: child for child in children for layer in child.modules() if has_neurons(layer)}
 
     def called(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(child, _Call(args, kwargs))
@@ -108,10 +108,6 @@ def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module
             stack.callback(layer.register_forward_pre_hook(layer_called).remove)
         model(input_ids=ids)
     return calls
-
-
-def _has_neurons(module: nn.Module) -> bool:
-    return is_neuron_layer(module) or is_fused_experts(module)
 
 
 def _mixes(child: nn.Module, call: _Call) -> bool:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from torch_simu._checks import problem
-from torch_simu.layers.kinds import is_fused_experts, is_neuron_layer, num_neurons
+from torch_simu.layers.kinds import has_neurons, num_neurons
 from torch_simu.layers.probe import probed_projections
 
 Selector = str | Callable[[str, nn.Module], bool] | Iterable[str]
@@ -116,7 +116,7 @@ def _projections(model: nn.Module, pattern: str | None, which: int, what: str) -
     if not found:
         raise ValueError(problem(f"No layer matches {pattern!r} for {what}", "at least one", _candidates(model)))
     for name, module in found.items():
-        if not is_neuron_layer(module) and not is_fused_experts(module):
+        if not has_neurons(module):
             raise TypeError(
                 problem(f"Layer {name!r} is a {type(module).__name__}", "nn.Linear, Conv1D or fused experts")
             )
@@ -165,11 +165,7 @@ def _planned(model: nn.Module, which: int) -> set[str]:
     pattern = "|".join(re.escape(key).replace(r"\*", r"\d+") for key in keys)
     modules = dict(model.named_modules())
     # A key with "norm" may be there for attention too, and holds no neurons.
-    return {name for name in _matching(model, pattern) if _has_neurons(modules[name])} if keys else set()
-
-
-def _has_neurons(module: nn.Module) -> bool:
-    return is_neuron_layer(module) or is_fused_experts(module)
+    return {name for name in _matching(model, pattern) if has_neurons(modules[name])} if keys else set()
 
 
 def _matching(model: nn.Module, pattern: str) -> set[str]:
@@ -186,7 +182,7 @@ def _ends_with(name: str, pattern: str) -> bool:
 def _candidates(model: nn.Module) -> str:
     groups: dict[str, int] = {}
     for name, module in model.named_modules():
-        if _has_neurons(module):
+        if has_neurons(module):
             key = re.sub(r"\b\d+\b", "*", name) or "(the module itself)"
             groups[key] = max(groups.get(key, 0), num_neurons(module))
     listed = ", ".join(f"{name} ({size} inputs)" for name, size in list(groups.items())[:20]) or "none"

@@ -18,7 +18,7 @@ from torch_simu.update import (
     unclipped_share,
 )
 
-_OPTIONS = ("rho", "eps", "weight_decay", "clip")
+_OPTIONS = ("rho", "eps", "clip")
 
 
 def new_state(group: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def step_entries(
         rounded: From an entry and its new weights to the same in the parameter's dtype.
     """
     options: dict[str, Any] = {"lr": group["lr"], "beta1": group["betas"][0], **{key: group[key] for key in _OPTIONS}}
+    decay = group["weight_decay"]
     if isinstance(finite, Tensor):
         options["lr"] = finite * options["lr"]
     reads = [_read(group, entry, state, finite) for entry, state in zip(entries, states, strict=True)]
@@ -56,17 +57,16 @@ def step_entries(
     one_kind = len({(grad.device, grad.dtype) for grad, _, _ in reads}) == 1
     if foreach and one_kind:
         weights = [_weight(entry, state) for entry, state in zip(entries, states, strict=True)]
-        clipped_step_foreach_(weights, *map(list, zip(*reads, strict=True)), **options)
+        clipped_step_foreach_(weights, *map(list, zip(*reads, strict=True)), weight_decay=decay, **options)
         for entry, weight in zip(entries, weights, strict=True):
             _write(entry, weight, finite, rounded)
     else:
         for entry, state, work in zip(entries, states, reads, strict=True):
             if _adds(group, entry, state, finite):
-                change = {key: value for key, value in options.items() if key != "weight_decay"}
-                entry.add(clipped_update_(*work, **{**change, "lr": -change["lr"]}))
+                entry.add(clipped_update_(*work, **{**options, "lr": -options["lr"]}))
             else:
                 weight = _weight(entry, state)
-                clipped_step_(weight, *work, **options)
+                clipped_step_(weight, *work, weight_decay=decay, **options)
                 _write(entry, weight, finite, rounded)
     for state, (_, exp_avg, _) in zip(states, reads, strict=True):
         write(state, "exp_avg", exp_avg)

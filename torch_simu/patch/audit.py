@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from torch_simu._files import replacing
+from torch_simu._hashes import sha256_of
+from torch_simu.patch.change import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +55,26 @@ class Audit:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
         verdict = "Exactly what the patch says changed" if self.passed else f"Not as the patch says: {self.problems[0]}"
         return f"{verdict} ({len(self.tensors)} tensors: {counts})."
+
+
+def audit(changes: Mapping[str, Change], base: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Audit:
+    """Compare all tensors by hash, and those that differ with what a patch says of them."""
+    rows: dict[str, dict[str, object]] = {}
+    problems = []
+    for name in dict.fromkeys([*base, *model, *changes]):
+        change = changes.get(name)
+        before = sha256_of(base[name]) if name in base else None
+        after = sha256_of(model[name]) if name in model else None
+        expected = (change.before, change.after) if change else (before, before)
+        if change is not None and change.kind == "delta":
+            # Of a delta the first hash is that of the codes beside it, which are compared on their own.
+            expected = (before, change.after)
+        if (before, after) == expected:
+            rows[name] = {"status": change.kind if change else "unchanged", "before": before, "after": after}
+            if change is not None and change.num_neurons:
+                rows[name] |= {"selected": len(change.neurons), "of": change.num_neurons}
+            continue
+        rows[name] = {"status": "unexpected", "before": before, "after": after}
+        wanted = "is not as the patch says" if change else "differs and is not in the patch"
+        problems.append(f"Tensor {name!r} {wanted}")
+    return Audit(rows, tuple(problems))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from types import MappingProxyType
 
 import torch
@@ -21,13 +20,6 @@ def bits_of(tensor: Tensor) -> Tensor:
         tensor([ 1065353216, -2147483648], dtype=torch.int32)
     """
     return tensor.detach().view(_WHOLE[tensor.element_size()])
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """Return the sha256 of a tensor's bytes, in the order of its indices."""
-    whole = tensor.detach().cpu().contiguous()
-    # Bytes, because numpy has no bfloat16.
-    return hashlib.sha256(whole.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def neurons_first(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:

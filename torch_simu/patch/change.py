@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
-from torch_simu.patch.bits import bits_of, check_alike, columns_of, sha256_of, xor_columns_
+from torch_simu._hashes import sha256_of
+from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons, xor_columns_
 
 Kind = Literal["columns", "whole", "delta"]
+
+Where = Mapping[str, tuple[int | tuple[int, ...], Tensor]]
+"""Tensor name -> what counts its neurons, and those that may change."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,3 +121,39 @@ def change_between(
     num_neurons = torch.Size([shape[each] for each in dims]).numel()
     value = columns_of(bits_of(before), dim, neurons) ^ columns_of(bits_of(after), dim, neurons)
     return Change("columns", *hashes, dtype, shape, dim, num_neurons, neurons.cpu(), value.cpu())
+
+
+def changes_between(
+    base: Mapping[str, Tensor], model: Mapping[str, Tensor], where: Where, whole: Callable[[str], bool]
+) -> dict[str, Change]:
+    """Return the change of every tensor that differs.
+
+    Args:
+        base: The base's tensors; read one at a time.
+        model: Those of the changed model.
+        where: Which neurons of which tensors may differ.
+        whole: Says of the other tensors whether they may.
+
+    Raises:
+        ValueError: If one has no counterpart, or differs where it may not.
+    """
+    if unmatched := sorted({*base} ^ {*model}):
+        side = "base" if unmatched[0] in base else "model"
+        raise ValueError(problem(f"Tensor {unmatched[0]!r} is in the {side} only", "the same tensors in both"))
+    changes = {}
+    for name in base:
+        before, after = base[name], model[name]
+        dim, neurons = where.get(name, (None, None))
+        change = change_between(name, before, after, dim, neurons)
+        if change is None:
+            continue
+        if dim is not None and neurons is not None:
+            outside = set(differing_neurons(before, after, dim).tolist()) - set(neurons.tolist())
+            if outside:
+                wrong = f"Neuron {min(outside)} of tensor {name!r} differs and is not selected ({len(outside)} such)"
+                raise ValueError(problem(wrong, "selected neurons only"))
+        elif not whole(name):
+            wrong = f"Tensor {name!r} differs and has no selected neuron"
+            raise ValueError(problem(wrong, "changes of selected neurons and attention projections only"))
+        changes[name] = change
+    return changes

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
+from torch_simu._hashes import sha256_of
 from torch_simu.neurons import NeuronSelection
-from torch_simu.patch.audit import Audit
-from torch_simu.patch.bits import sha256_of
-from torch_simu.patch.patch import NeuronPatch, audit, changes_between
+from torch_simu.patch.audit import Audit, audit
+from torch_simu.patch.change import changes_between
+from torch_simu.patch.patch import NeuronPatch
 
 _DTYPES = MappingProxyType(
     {

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu._hashes import sha256_of
 from torch_simu.deltas import attach_deltas, attached_layers
 from torch_simu.deltas.layer import DeltaLayer, detach
-from torch_simu.int8 import fingerprint, is_4bit, is_8bit
-from torch_simu.layers import attention_projections, neuron_dim, neuron_weight, num_neurons, select_layers
+from torch_simu.int8 import fingerprint
+from torch_simu.layers import num_neurons
 from torch_simu.neurons import NeuronSelection
-from torch_simu.patch.audit import Audit
-from torch_simu.patch.bits import differing_neurons, sha256_of
-from torch_simu.patch.change import Change, change_between
+from torch_simu.patch.audit import Audit, audit
+from torch_simu.patch.change import Change, changes_between
+from torch_simu.patch.model import may_differ_whole, neurons_of, tensors_of
 
 _KIND = "NeuronPatch"
-
-Where = Mapping[str, tuple[int | tuple[int, ...], Tensor]]
-"""Tensor name -> what counts its neurons, and those that may change."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +75,9 @@ class NeuronPatch:
             ValueError: If something else differs (the message names it), or nothing does.
             KeyError: If a selected layer is not in the model.
         """
-        changes = changes_between(_tensors(base), _tensors(model), _where(base, selection), _whole_names(base))
+        changes = changes_between(
+            tensors_of(base), tensors_of(model), neurons_of(base, selection), may_differ_whole(base)
+        )
         plain = dict(base.named_modules())
         for name, layer in attached_layers(model).items():
             if sorted(layer.idx.tolist()) != selection[name].tolist():
@@ -111,9 +110,9 @@ class NeuronPatch:
 
     def verify(self, base: nn.Module, model: nn.Module) -> Audit:
         """Compare every tensor of two models by hash, and say whether the patch and nothing else lies between them."""
-        found = dict(_tensors(model))
+        found = dict(tensors_of(model))
         found |= {f"{name}.delta": layer.delta.detach() for name, layer in attached_layers(model).items()}
-        return audit(self.changes, _tensors(base), found)
+        return audit(self.changes, tensors_of(base), found)
 
     def save(self, path: str | Path) -> None:
         """Write the patch to `path` (safetensors with a JSON header), whole or not at all."""
@@ -158,7 +157,7 @@ class NeuronPatch:
         return tensors, cast("dict[str, object]", json.loads(json.dumps(header)))
 
     def _flip(self, model: nn.Module, *, applied: bool) -> None:
-        tensors, modules = _tensors(model), dict(model.named_modules())
+        tensors, modules = tensors_of(model), dict(model.named_modules())
         for name, change in self.changes.items():
             if change.kind == "delta":
                 _check_delta(name, change, modules, applied=applied)
@@ -182,113 +181,6 @@ class NeuronPatch:
         for name, change in self.changes.items():
             if change.kind != "delta":
                 change.flip(tensors[name])
-
-
-def changes_between(
-    base: Mapping[str, Tensor], model: Mapping[str, Tensor], where: Where, whole: Callable[[str], bool]
-) -> dict[str, Change]:
-    """Return the change of every tensor that differs.
-
-    Args:
-        base: The base's tensors; read one at a time.
-        model: Those of the changed model.
-        where: Which neurons of which tensors may differ.
-        whole: Says of the other tensors whether they may.
-
-    Raises:
-        ValueError: If one has no counterpart, or differs where it may not.
-    """
-    if unmatched := sorted({*base} ^ {*model}):
-        side = "base" if unmatched[0] in base else "model"
-        raise ValueError(problem(f"Tensor {unmatched[0]!r} is in the {side} only", "the same tensors in both"))
-    changes = {}
-    for name in base:
-        before, after = base[name], model[name]
-        dim, neurons = where.get(name, (None, None))
-        change = change_between(name, before, after, dim, neurons)
-        if change is None:
-            continue
-        if dim is not None and neurons is not None:
-            outside = set(differing_neurons(before, after, dim).tolist()) - set(neurons.tolist())
-            if outside:
-                wrong = f"Neuron {min(outside)} of tensor {name!r} differs and is not selected ({len(outside)} such)"
-                raise ValueError(problem(wrong, "selected neurons only"))
-        elif not whole(name):
-            wrong = f"Tensor {name!r} differs and has no selected neuron"
-            raise ValueError(problem(wrong, "changes of selected neurons and attention projections only"))
-        changes[name] = change
-    return changes
-
-
-def audit(changes: Mapping[str, Change], base: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Audit:
-    """Compare all tensors by hash, and those that differ with what a patch says of them."""
-    rows: dict[str, dict[str, object]] = {}
-    problems = []
-    for name in dict.fromkeys([*base, *model, *changes]):
-        change = changes.get(name)
-        before = sha256_of(base[name]) if name in base else None
-        after = sha256_of(model[name]) if name in model else None
-        expected = (change.before, change.after) if change else (before, before)
-        if change is not None and change.kind == "delta":
-            # Of a delta the first hash is that of the codes beside it, which are compared on their own.
-            expected = (before, change.after)
-        if (before, after) == expected:
-            rows[name] = {"status": change.kind if change else "unchanged", "before": before, "after": after}
-            if change is not None and change.num_neurons:
-                rows[name] |= {"selected": len(change.neurons), "of": change.num_neurons}
-            continue
-        rows[name] = {"status": "unexpected", "before": before, "after": after}
-        wanted = "is not as the patch says" if change else "differs and is not in the patch"
-        problems.append(f"Tensor {name!r} {wanted}")
-    return Audit(rows, tuple(problems))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent buffers but deltas; of quantized layers, codes and scales."""
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        skipped = module._non_persistent_buffers_set
-        own |= {key: value for key, value in module.named_buffers(recurse=False) if key not in skipped}
-        if isinstance(module, DeltaLayer):
-            own = {key: value for key, value in own.items() if key not in ("delta", "idx", "weight_format")}
-        prefix = f"{name}." if name else ""
-        if is_8bit(module) or is_4bit(module) or "SCB" in own:
-            own.pop("SCB", None)
-            digest = bytes.fromhex(fingerprint(module))
-            own["weight"] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        for key, value in own.items():
-            if isinstance(value, DTensor):
-                wrong = f"Tensor {prefix + key!r} is sharded"
-                raise ValueError(
-                    problem(wrong, "a whole one", "Patch the checkpoint, or the model before fully_shard.")
-                )
-            if not any(value is other for other in found.values()):
-                found[prefix + key] = value.detach() if not isinstance(value, nn.Parameter) else value
-    return found
-
-
-def _where(model: nn.Module, selection: NeuronSelection) -> dict[str, tuple[int | tuple[int, ...], Tensor]]:
-    layers = select_layers(model, selection) if len(selection) else {}
-    where: dict[str, tuple[int | tuple[int, ...], Tensor]] = {}
-    for name, layer in layers.items():
-        if num_neurons(layer) != selection.num_neurons[name]:
-            wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, not {selection.num_neurons[name]}"
-            raise ValueError(problem(wrong, "the selection's", "Was the selection made on another model?"))
-        weight = neuron_weight(layer)
-        key = next(key for key, param in layer.named_parameters(recurse=False) if param is weight)
-        if weight.is_floating_point():
-            where[f"{name}.{key}"] = (neuron_dim(layer), selection[name])
-    return where
-
-
-def _whole_names(model: nn.Module) -> Callable[[str], bool]:
-    try:
-        layers = attention_projections(model)
-    except ValueError:
-        return lambda name: False
-    names = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters(recurse=False)}
-    return names.__contains__
 
 
 def _delta_change(layer: DeltaLayer) -> Change:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, replacing, save_tensors
+from torch_simu._hashes import sha256_of_all
 from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
 
@@ -33,11 +33,8 @@ def fingerprint(configuration: Mapping[str, object], tensors: Iterable[Tensor]) 
         >>> fingerprint({"seed": 0}, []) == fingerprint({"seed": 1}, [])
         False
     """
-    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    start = json.dumps(configuration, sort_keys=True, default=str)
+    return sha256_of_all((("", tensor) for tensor in tensors), start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,75 @@
+"""What a patch sees of a model: its tensors, those that hold selected neurons, and those that may change as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torch_simu._checks import problem
+from torch_simu.deltas.layer import DeltaLayer
+from torch_simu.int8 import fingerprint, holds_codes
+from torch_simu.layers import attention_projections, neuron_dim, neuron_weight, num_neurons, select_layers
+from torch_simu.neurons import NeuronSelection
+from torch_simu.patch.change import Where
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and persistent buffers but deltas; of quantized layers a hash of codes and scales.
+
+    Raises:
+        ValueError: If a tensor is sharded.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        skipped = module._non_persistent_buffers_set
+        own |= {key: value for key, value in module.named_buffers(recurse=False) if key not in skipped}
+        if isinstance(module, DeltaLayer):
+            own = {key: value for key, value in own.items() if key not in ("delta", "idx", "weight_format")}
+        prefix = f"{name}." if name else ""
+        if holds_codes(module) or "SCB" in own:
+            own.pop("SCB", None)
+            digest = bytes.fromhex(fingerprint(module))
+            own["weight"] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        for key, value in own.items():
+            if isinstance(value, DTensor):
+                wrong = f"Tensor {prefix + key!r} is sharded"
+                raise ValueError(
+                    problem(wrong, "a whole one", "Patch the checkpoint, or the model before fully_shard.")
+                )
+            if not any(value is other for other in found.values()):
+                found[prefix + key] = value.detach() if not isinstance(value, nn.Parameter) else value
+    return found
+
+
+def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
+    """Return what counts the neurons of each float weight of a selected layer, and the selected ones.
+
+    Raises:
+        KeyError: If a layer is not in the model.
+        ValueError: If a layer has another number of neurons than the selection says.
+    """
+    layers = select_layers(model, selection) if len(selection) else {}
+    where = {}
+    for name, layer in layers.items():
+        if num_neurons(layer) != selection.num_neurons[name]:
+            wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, not {selection.num_neurons[name]}"
+            raise ValueError(problem(wrong, "the selection's", "Was the selection made on another model?"))
+        weight = neuron_weight(layer)
+        key = next(key for key, param in layer.named_parameters(recurse=False) if param is weight)
+        if weight.is_floating_point():
+            where[f"{name}.{key}"] = (neuron_dim(layer), selection[name])
+    return where
+
+
+def may_differ_whole(model: nn.Module) -> Callable[[str], bool]:
+    """Return whether a tensor may differ as a whole: those of attention projections, where they are known."""
+    try:
+        layers = attention_projections(model)
+    except ValueError:
+        return lambda name: False
+    names = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters(recurse=False)}
+    return names.__contains__
