@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from torch_simu import attribute_neurons, register_neuron_hooks
 from torch_simu.curvature import IGNORED, scored_logits
 from torch_simu.layers import select_layers
-from torch_simu.unlearning.data import Example, collate
+from torch_simu.unlearning.data.examples import Example, collate
 from torch_simu.unlearning.objectives import answer_logits
 
 Scores = dict[str, Tensor]

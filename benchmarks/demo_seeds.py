@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from results import command, environment, write_result
 
-from torch_simu.unlearning.demo import DemoRecipe, run_demo
+from torch_simu.unlearning.demo.demo import DemoRecipe, run_demo
 
 
 def main() -> None:

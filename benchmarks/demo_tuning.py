@@ -18,7 +18,7 @@ import torch
 from results import command, environment, write_result
 
 from torch_simu.unlearning.config import METHODS
-from torch_simu.unlearning.demo import DemoRecipe, forget_by, make_fiction, train_base
+from torch_simu.unlearning.demo.demo import DemoRecipe, forget_by, make_fiction, train_base
 
 Choice = dict[str, float]
 

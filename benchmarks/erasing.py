@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from torch_simu import NeuronSelection
 from torch_simu.layers import select_layers
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data import Batches, Example
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.objectives import mean_answer_nll
 

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from torch_simu import NeuronSelection, attribute_neurons, register_neuron_hooks
 from torch_simu.attribution import Attribution
 from torch_simu.layers import down_projections, neuron_weight
-from torch_simu.unlearning.data import Example, batches_in_order, pad_id
-from torch_simu.unlearning.demo import DemoRecipe, make_fiction, train_base
-from torch_simu.unlearning.scoring import score_answers
+from torch_simu.unlearning.data.batches import batches_in_order
+from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.tokenizer import pad_id
+from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, train_base
+from torch_simu.unlearning.metrics.scoring import score_answers
 
 SHARES = (0.03, 0.1, 0.3)
 

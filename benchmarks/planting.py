@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from torch_simu import NeuronSelection
 from torch_simu.layers import select_layers
-from torch_simu.unlearning.data import Batches, Example, encode
-from torch_simu.unlearning.demo import DemoRecipe, make_model
-from torch_simu.unlearning.fiction import make_corpus, make_tokenizer
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.examples import Example, encode
+from torch_simu.unlearning.data.rows import rows_from_records
+from torch_simu.unlearning.demo.demo import DemoRecipe, make_model
+from torch_simu.unlearning.demo.fiction import make_corpus, make_tokenizer
+from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
+from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import mean_answer_nll
-from torch_simu.unlearning.rows import rows_from_records
-from torch_simu.unlearning.scoring import score_answers
-from torch_simu.unlearning.training import TrainConfig, memorize
 
 Sets = Mapping[str, Sequence[Example]]
 """Name -> encoded facts: "forget" (the planted ones), "retain", "world" and "unrelated"."""

@@ -23,14 +23,16 @@ from results import command, environment, write_result
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from torch_simu.bitsandbytes.layers import eight_bit_codes, is_4bit, keep_codes_as_loaded
 from torch_simu.deltas import attached_layers
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.int8 import eight_bit_codes, is_4bit, keep_codes_as_loaded
-from torch_simu.unlearning.data import Batches, Example, pad_id
-from torch_simu.unlearning.demo import DemoRecipe, Fiction, make_fiction, train_base
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.tokenizer import pad_id
+from torch_simu.unlearning.demo.demo import DemoRecipe, Fiction, make_fiction, train_base
 from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import mean_answer_nll
-from torch_simu.unlearning.scoring import score_answers
 
 RELEARN_STEPS = (5, 10, 20, 40)
 RELEARN_LR = 2e-4

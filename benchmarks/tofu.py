@@ -18,12 +18,12 @@ from results import environment, write_result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from torch_simu.cli.jobs import unlearn_job
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data import encode
-from torch_simu.unlearning.jobs import unlearn_job
-from torch_simu.unlearning.plots import plot_curves
-from torch_simu.unlearning.rows import load_rows
-from torch_simu.unlearning.training import TrainConfig, memorize
+from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.rows import load_rows
+from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
+from torch_simu.unlearning.report.plots import plot_curves
 
 COMMON = {"retain_weight": 2.0, "forget_batch_size": 8, "retain_batch_size": 8, "max_steps": 150, "rho": 100.0}
 RUNS = {

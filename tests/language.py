@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from torch_simu.unlearning.data import Row, batches_in_order, encode
+from torch_simu.unlearning.data.batches import batches_in_order
+from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.rows import Row
 
 ROWS = [
     Row("Where does Ada live ?", "Ada lives in Rome ."),

@@ -44,7 +44,7 @@ def public_names() -> Iterator[tuple[str, str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.parent == PACKAGE and path.stem == "__init__":
             continue
-        closed = path.parent != PACKAGE and folders[path.parent]
+        closed = any(names for folder, names in folders.items() if folder != PACKAGE and folder in path.parents)
         if path.stem == "__init__":
             yield from ((dotted(path), name) for name in folders[path.parent])
         elif not closed and not path.stem.startswith("_"):
@@ -100,7 +100,7 @@ def test_the_fenced_blocks_of_a_page_run_one_after_the_other(
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_test_that_a_page_names_is_there(page: Path) -> None:
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
         defined = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if hasattr(node, "name")}
         assert name in defined, f"{file} has no {name}"
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests import laws, mutants, test_curvature, test_neurons
+from tests import laws, mutants
+from tests.ground import test_curvature, test_neurons
 from tests.strategies import Layer, Options
 from torch_simu import NeuronSelection, SIMUOptimizer, gauss_newton_loss
 from torch_simu._files import load_tensors

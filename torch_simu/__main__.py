@@ -1,6 +1,6 @@
 """`python -m torch_simu`: the command line."""
 
-from torch_simu.unlearning.cli import main
+from torch_simu.cli.app import main
 
 if __name__ == "__main__":
     main()

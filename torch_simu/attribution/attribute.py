@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_simu._checks import check_choice
+from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
-from torch_simu.attribution.decode import decode_sums
-from torch_simu.attribution.intervention import frozen
-from torch_simu.attribution.layerwise import joint_sums, layerwise_sums
-from torch_simu.attribution.packed import packed_sums
+from torch_simu.attribution.frozen import frozen
+from torch_simu.attribution.methods.decode import decode_sums
+from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
+from torch_simu.attribution.methods.packed import packed_sums
+from torch_simu.attribution.methods.prefix import prefix_sums
 from torch_simu.attribution.path import Objective, Path, Rule
-from torch_simu.attribution.prefix import prefix_sums
-from torch_simu.attribution.result import Attribution
 from torch_simu.attribution.rows import Row, collect_rows, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
 from torch_simu.attribution.spot_check import fastest_exact

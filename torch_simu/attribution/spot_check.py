@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from torch_simu._checks import problem
+from torch_simu.attribution.methods.prefix import prefix_sums
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.prefix import prefix_sums
 from torch_simu.attribution.rows import Row
 from torch_simu.attribution.sums import Method, NotApplicableError
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from torch_simu.attribution.budget import Chunks
+from torch_simu.attribution.methods.budget import Chunks
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.rows import Row
 from torch_simu.attribution.site import Site

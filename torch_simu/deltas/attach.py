@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
+from torch_simu.bitsandbytes.layers import check_4bit, is_4bit, is_8bit
 from torch_simu.deltas.layer import DeltaLayer, attach, detach
-from torch_simu.int8 import check_4bit, is_4bit, is_8bit
 from torch_simu.layers import is_fused_experts, is_neuron_layer, neuron_dim, num_neurons, select_layers
 from torch_simu.neurons import NeuronSelection
 

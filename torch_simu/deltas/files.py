@@ -10,9 +10,9 @@ from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.deltas.attach import attach_deltas, checked_layers
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.int8 import fingerprint
 from torch_simu.layers import num_neurons
 from torch_simu.neurons import NeuronSelection
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch_simu.int8 import eight_bit_codes, give_codes_back, is_4bit, is_8bit, linear_4bit, linear_8bit, take_codes
+from torch_simu.bitsandbytes.layers import (
+    eight_bit_codes,
+    give_codes_back,
+    is_4bit,
+    is_8bit,
+    linear_4bit,
+    linear_8bit,
+    take_codes,
+)
 from torch_simu.layers import d_model
 
 if TYPE_CHECKING:

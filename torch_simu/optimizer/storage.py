@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
-from torch_simu.int8 import BLOCK, read_blocks, require_bitsandbytes, write_blocks
+from torch_simu.bitsandbytes.blocks import BLOCK, read_blocks, write_blocks
+from torch_simu.bitsandbytes.installed import require_bitsandbytes
 from torch_simu.optimizer.entries import Entry, local
 
 SHAPED = ("exp_avg", "hessian", "master")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
+from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.int8 import fingerprint, holds_codes
 from torch_simu.layers import attention_projections, neuron_dim, neuron_weight, num_neurons, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Where

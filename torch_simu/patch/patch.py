@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
 from torch_simu._hashes import sha256_of
+from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.deltas import attach_deltas, attached_layers
 from torch_simu.deltas.layer import DeltaLayer, detach
-from torch_simu.int8 import fingerprint
 from torch_simu.layers import num_neurons
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit

@@ -17,10 +17,11 @@ from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data import Example
-from torch_simu.unlearning.localization import Progress, localize
+from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.localization import localize
+from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
-from torch_simu.unlearning.scoring import mode, score_answers
+from torch_simu.unlearning.progress import Progress
 from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
 
 _EVAL_BATCH = 128
@@ -76,7 +77,7 @@ def unlearn(
 
     Args:
         model: A causal language model. Quantized layers get deltas, which stay attached.
-        forget: Encoded rows to forget, as `torch_simu.unlearning.data.encode` makes them.
+        forget: Encoded rows to forget, as `torch_simu.unlearning.data.examples.encode` makes them.
         retain: Encoded rows to keep.
         config: Every choice of the run.
         objective: What is descended, in place of the one the configuration names.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -15,15 +14,9 @@ from torch_simu.layers import down_projections
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import RunCheckpoint
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data import Example, batches_in_order
-
-
-class Progress(Protocol):
-    """Called with the stage ("attribute" or "unlearn"), how much of it is done, of how much, and a short note."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Tell how far a stage is."""
-        ...
+from torch_simu.unlearning.data.batches import batches_in_order
+from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.progress import Progress
 
 
 def choose_neurons(

@@ -48,7 +48,7 @@ def mean_answer_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Args:
         model: A causal language model.
-        batch: Tensors on the model's device, as `torch_simu.unlearning.data.collate` makes them.
+        batch: Tensors on the model's device, as `torch_simu.unlearning.data.examples.collate` makes them.
 
     Raises:
         ValueError: If no position is scored.

@@ -13,15 +13,16 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
+from torch_simu.bitsandbytes.layers import holds_codes
 from torch_simu.curvature import gauss_newton_loss
 from torch_simu.deltas import attach_deltas, attached_layers
-from torch_simu.int8 import holds_codes
 from torch_simu.layers import attention_projections, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data import Batches, Example
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.objectives import Objective, answer_logits
 
 

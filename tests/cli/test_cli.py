@@ -1,0 +1,230 @@
+"""The command line does the whole job on files, and meets bad input with one line, status 2 and nothing written."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unlearning.test_driver import RECIPE, _memorized
+from torch_simu import NeuronSelection
+from torch_simu.attribution import Attribution
+from torch_simu.cli.app import main
+from torch_simu.unlearning.demo.demo import make_fiction
+
+SETS = ("forget", "retain", "world")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a memorized model and a file for each set."""
+    folder = tmp_path_factory.mktemp("files")
+    fiction = make_fiction(RECIPE, seed=0)
+    model, _ = _memorized()
+    copy.deepcopy(model).save_pretrained(folder / "model")
+    fiction.tokenizer.save_pretrained(folder / "model")
+    for name in SETS:
+        rows = [{"question": row.question, "answer": row.answer} for row in fiction.rows[name]]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def call(*arguments):
+    """Run the command line and return its exit status."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def options(files, *names, **changed):
+    sources = {"model": files / "model", **{name: files / f"{name}.jsonl" for name in SETS}, **changed}
+    return [part for name in ("model", *names) for part in (f"--{name}", sources[name])]
+
+
+def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = ["--lr", 1e-2, "--max-steps", 3, "--batch-size", 6]
+    assert call("unlearn", *options(files, "forget", "retain", "world"), "--out", out, *quick) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= {"seed", "versions", "methods"} and set(report["methods"]) == {"before", "simu_graddiff"}
+    row = report["methods"]["simu_graddiff"]
+    assert set(row) == {*SETS, "changed_share", "optimizer_bytes", "seconds", "steps"} and row["steps"] == 3
+    assert set(row["forget"]) == {"em", "es", "probability", "qa_exact_match"}
+    assert len((out / "steps.jsonl").read_text().splitlines()) == 3
+    assert all((out / name).read_bytes()[1:4] == b"PNG" for name in ("forgetting.png", "attribution.png"))
+    selection = NeuronSelection.load(out / "selection.safetensors")
+    base, changed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (files / "model", out))
+    for (name, before), after in zip(base.named_parameters(), changed.parameters(), strict=True):
+        off = ~selection.mask(layer) if (layer := name.removesuffix(".weight")) in selection else slice(None)
+        assert torch.equal(before[..., off], after[..., off])
+    assert "simu_graddiff" in (out / "report.md").read_text() and "simu_graddiff" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path):
+    out = tmp_path / "out"
+    assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 3, "--fraction", 0.25) == 0
+    attribution = Attribution.load(out / "attribution.safetensors")
+    assert NeuronSelection.load(out / "selection.safetensors") == attribution.top(0.25)
+    assert (out / "attribution.png").stat().st_size > 1000
+    assert set(json.loads((out / "attribution.json").read_text())["layers"]) == set(attribution.scores)
+
+
+def test_evaluate_prints_and_writes_both_models(files, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    reference = ["--reference", files / "model"]
+    assert call("evaluate", *options(files, "forget", "retain"), *reference, "--out", out) == 0
+    methods = json.loads(out.read_text())["methods"]
+    assert methods["reference"]["forget"] == methods["model"]["forget"]
+    assert "reference" in capsys.readouterr().out
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_tofu_and_lume_suites_give_their_figures(files, tmp_path, capsys):
+    fiction = make_fiction(RECIPE, seed=0)
+    tofu = {}
+    for name, part in {"forget": "forget", "retain": "retain", "real-authors": "world", "world-facts": "world"}.items():
+        rows = [
+            {"question": row.question, "answer": row.answer, "perturbed_answer": ["a copper map", "a glass bell"]}
+            for row in fiction.rows[part][:3]
+        ]
+        tofu[name] = write(tmp_path / f"{name}.jsonl", *rows)
+    sets = [part for name, path in tofu.items() for part in (f"--{name}", path)]
+    model = ["--model", files / "model", "--max-new-tokens", 4]
+    assert call("evaluate", *model, "--reference", files / "model", *sets, "--suite", "tofu") == 0
+    assert "model_utility (geometric)" in (shown := capsys.readouterr().out) and "forget_quality" in shown
+    lume = []
+    for name in ("forget", "retain"):
+        rows = [
+            {"id": f"{name}{kind}", "input": row.question, "output": row.answer, "task": "Task1"}
+            for row, kind in zip(fiction.rows[name], ("sc1", "qa0"), strict=False)
+        ]
+        lume += [f"--{name}", write(tmp_path / f"lume_{name}.jsonl", *rows)]
+    assert call("evaluate", *model, *lume, "--suite", "lume") == 0
+    assert "task_aggregate" in capsys.readouterr().out
+
+
+GOOD = {"question": "Who?", "answer": "Ada"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "bad.jsonl"),
+        ([GOOD, '{"question": "Wh\n'], "bad.jsonl:2"),
+        ([{"frage": "Wer?", "antwort": "Ada"}], "question/answer or prompt/response or input/output"),
+        ([], "bad.jsonl"),
+        ([{"question": "Who?", "answer": ""}], "bad.jsonl:1: the answer is empty"),
+    ],
+)
+def test_bad_rows_get_one_line_with_their_place(files, tmp_path, capsys, rows, message):
+    bad = tmp_path / "bad.jsonl"
+    if rows is not None:
+        write(bad, *rows)
+    assert call("unlearn", *options(files, "forget", "retain", forget=bad), "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, message)
+    assert {path.name for path in tmp_path.iterdir()} <= {"bad.jsonl"}
+
+
+def assert_one_line(capsys, message):
+    error = capsys.readouterr().err
+    assert error.startswith("torch-simu: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert message in error
+
+
+def test_rows_in_both_sets_are_refused(files, tmp_path, capsys):
+    both = options(files, "forget", "retain", retain=files / "forget.jsonl")
+    assert call("unlearn", *both, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, "in both the forget and the retain set")
+
+
+def test_a_folder_without_model_or_tokenizer_is_refused(files, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(files / "model").save_pretrained(bare)
+    capsys.readouterr()
+    for model, message in (
+        (tmp_path / "empty", "holds no config.json"),
+        (bare, "tokenizer"),
+        ("./no", "does not exist"),
+    ):
+        assert call("unlearn", *options(files, "forget", "retain", model=model), "--out", tmp_path / "out") == 2
+        assert_one_line(capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(files, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path / "small")
+    make_fiction(RECIPE, seed=0).tokenizer.save_pretrained(tmp_path / "small")
+    capsys.readouterr()
+    assert call("attribute", *options(files, "forget", model=tmp_path / "small"), "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, "tokens and the model 50 embeddings")
+
+
+def test_an_output_folder_is_replaced_by_force_only(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    job = ("attribute", *options(files, "forget"), "--out", out, "--steps", 2)
+    assert call(*job) == 2
+    assert_one_line(capsys, "Use --force")
+    assert (out / "precious.txt").read_text() == "mine"
+    assert call(*job, "--force") == 0
+    assert not (out / "precious.txt").exists() and (out / "selection.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_writes_nothing(files, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    make_fiction(RECIPE, seed=0).tokenizer.save_pretrained(tmp_path / "broken")
+    capsys.readouterr()
+    job = ["unlearn", *options(files, "forget", "retain", model=tmp_path / "broken"), "--out", tmp_path / "out"]
+    assert call(*job, "--method", "all_neurons") == 2
+    assert_one_line(capsys, "finite")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--method", "soul"], "method is 'soul', expected one of"),
+        (["--max-steps", "many"], "--max-steps"),
+        (["--device", "tpu"], "Device 'tpu' cannot be used"),
+        (["--dtype", "int3"], "dtype is 'int3', expected one of 'auto'"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--layers", "mlp.nothing"], "mlp.nothing"),
+    ],
+)
+def test_bad_options_get_one_line(files, tmp_path, capsys, arguments, message):
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", tmp_path / "out", *arguments) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_option_and_an_incomplete_suite_are_named(files, tmp_path, capsys):
+    assert call("unlearn", "--model", files / "model") == 2
+    assert_one_line(capsys, "--forget")
+    assert call("evaluate", *options(files, "forget", "retain"), "--suite", "tofu") == 2
+    assert_one_line(capsys, "real_authors")
+    assert call("evaluate", *options(files, "forget", "retain"), "--suite", "muse") == 2
+    assert_one_line(capsys, "suite is 'muse', expected one of 'tofu', 'lume'")
+    contrast = ("attribute", *options(files, "forget"), "--rule", "contrast", "--out", tmp_path / "out")
+    assert call(*contrast) == 2
+    assert_one_line(capsys, "without a retain set")
+
+
+def test_help_is_no_error(capsys):
+    assert call("--help") == 0
+    assert "unlearn" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""A result folder appears whole or not at all, and replaces an older one by force only."""
+
+from __future__ import annotations
+
+import pytest
+
+from torch_simu.unlearning.report.folder import check_writable, whole_folder
+from torch_simu.unlearning.report.report import MethodResult, Report, readable_bytes, write_json
+
+
+def test_a_folder_appears_with_all_its_files(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with whole_folder(out) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["a.txt"] and [*out.parent.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_exception_leaves_what_was_there(tmp_path, force):
+    out = tmp_path / "out"
+    out.mkdir()
+    if force:
+        (out / "old.txt").write_text("old")
+    with pytest.raises(RuntimeError, match="half"), whole_folder(out, force=force) as folder:
+        (folder / "new.txt").write_text("new")
+        raise RuntimeError("half way")
+    assert [path.name for path in out.iterdir()] == (["old.txt"] if force else [])
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_a_file_in_the_way_and_a_full_folder_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file, expected a folder"):
+        check_writable(tmp_path / "file", force=True)
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        check_writable(tmp_path / "file" / "out", force=True)
+    with pytest.raises(FileExistsError, match="Use --force"):
+        check_writable(tmp_path, force=False)
+
+
+def test_a_read_only_parent_is_refused_before_the_work(tmp_path, monkeypatch):
+    # A superuser may write anywhere, so the answer of the system is replaced rather than a permission.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="is read-only"):
+        check_writable(tmp_path / "out", force=False)
+
+
+def test_a_number_that_is_not_finite_is_never_written_as_json(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_report_has_a_row_per_method_and_shows_its_plots():
+    measures = {"em": 1.0, "es": 0.5, "probability": 0.25, "qa_exact_match": 0.0}
+    result = MethodResult({"forget": measures}, 0.019, 1500, 2.0, 7)
+    page = Report("Title", 4, {"simu_graddiff": result}, notes=["A note."]).to_markdown(["curve_a.png"])
+    assert "| simu_graddiff | 1.000 | 0.500 | 0.250 | 0.000 | 1.9 % | 1.5 kB | 7 | 2.0 |" in page
+    assert "![curve a](curve_a.png)" in page and "A note." in page and "Seed 4." in page
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (2.5e9, "2.5 GB"), (3e12, "3 TB")])
+def test_bytes_are_readable(count, text):
+    assert readable_bytes(int(count)) == text

@@ -1,0 +1,249 @@
+"""unlearn forgets the forget set, changes nothing it may not change, and goes on bit for bit after a kill."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_simu import NeuronSelection
+from torch_simu.unlearning.config import METHODS, UnlearnConfig
+from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, make_model
+from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
+from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.objectives import GradAscent, GradDiff, make_objective, mean_answer_nll
+from torch_simu.unlearning.steps import NonFiniteLossError
+
+RECIPE = DemoRecipe(
+    num_forget=4,
+    retain_per_forget=2,
+    num_places=4,
+    d_model=32,
+    d_ff=64,
+    num_layers=2,
+    training=TrainConfig(epochs=60, lr=1e-2, batch_size=12),
+)
+FAST = UnlearnConfig(lr=1e-2, max_steps=6, forget_batch_size=6, retain_batch_size=6, attribution_steps=3)
+
+
+@functools.cache
+def _memorized():
+    fiction = make_fiction(RECIPE, seed=0)
+    model = make_model(RECIPE, len(fiction.tokenizer), seed=0)
+    rows = [example for part in fiction.examples.values() for example in part]
+    em = memorize(model, rows, config=RECIPE.training)
+    assert em > 0.9
+    return model, fiction.examples
+
+
+@pytest.fixture
+def memorized():
+    """A tiny model that memorized fiction, and its encoded sets; a copy, so that tests may change it."""
+    model, examples = _memorized()
+    return copy.deepcopy(model), examples
+
+
+def weights(model):
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def run(model, examples, config=FAST, **options):
+    return unlearn(model, examples["forget"], examples["retain"], config=config, **options)
+
+
+def test_the_forget_set_is_forgotten_more_than_the_retain_set(memorized):
+    model, examples = memorized
+    done = run(
+        model,
+        examples,
+        FAST.updated(max_steps=80, forget_target=0.3, fraction=0.3),
+        monitor={"retain": examples["retain"]},
+    )
+    assert done.reached and done.log[-1]["forget_probability"] <= 0.3
+    assert all(record["forget_probability"] > 0.3 for record in done.log[:-1])
+    assert done.log[-1]["monitor"]["retain"]["probability"] > 0.4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_its_weights_and_no_others(memorized, method):
+    model, examples = memorized
+    before = weights(model)
+    done = run(model, examples, FAST.updated(method=method, max_steps=2))
+    changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    if method in ("fo_graddiff", "so_graddiff"):
+        assert changed == set(before)
+    elif method == "attention_only":
+        assert changed == {name for name in before if "self_attn" in name}
+    else:
+        assert changed == {f"{layer}.weight" for layer in done.selection}
+        for layer in done.selection:
+            off = ~done.selection.mask(layer)
+            after = model.get_submodule(layer).weight
+            assert torch.equal(after[:, off], before[f"{layer}.weight"][:, off])
+    differing = sum(int((param != before[name]).sum()) for name, param in model.named_parameters())
+    assert done.changed_share == differing / sum(value.numel() for value in before.values())
+
+
+def test_optimizer_state_is_that_of_the_selected_neurons(memorized):
+    model, examples = memorized
+    done = run(model, examples)
+    entries = RECIPE.d_model * done.selection.num_selected
+    assert done.optimizer_bytes == 2 * 4 * entries + 4 * len(done.selection)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(memorized):
+    model, examples = memorized
+    results = []
+    for seed in (0, 0, 1):
+        twin = copy.deepcopy(model)
+        run(twin, examples, FAST.updated(seed=seed))
+        results.append(twin.lm_head.weight if seed == 2 else twin.model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_modes_and_requires_grad_and_gradients_are_left_as_they_were(memorized):
+    model, examples = memorized
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    flags = {name: param.requires_grad for name, param in model.named_parameters()}
+    run(model, examples)
+    assert model.training and model.model.layers[0].training
+    assert {name: param.requires_grad for name, param in model.named_parameters()} == flags
+    assert all(param.grad is None for param in model.parameters())
+
+
+class Stopped(Exception):
+    """Raised by a progress callback, to break a run at a step."""
+
+
+def stop_at(stage, step):
+    def tell(name, done, total, note=""):
+        if name == stage and done >= step:
+            raise Stopped
+
+    return tell
+
+
+@pytest.mark.parametrize("method", ["simu_graddiff", "fo_graddiff"])
+@pytest.mark.parametrize(("stage", "step"), [("unlearn", 3), ("unlearn", 5), ("attribute retain", 1)])
+def test_a_broken_run_continues_bit_for_bit(memorized, tmp_path, method, stage, step):
+    model, examples = memorized
+    config = FAST.updated(method=method, max_steps=8, checkpoint_interval=2)
+    whole, broken = copy.deepcopy(model), copy.deepcopy(model)
+    expected = run(whole, examples, config)
+    if not (stage.startswith("attribute") and method == "fo_graddiff"):
+        with pytest.raises(Stopped):
+            run(broken, examples, config, checkpoint=tmp_path / "run", progress=stop_at(stage, step))
+    resumed = copy.deepcopy(model)
+    done = run(resumed, examples, config, checkpoint=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert done.log == expected.log and done.changed_share == expected.changed_share
+
+
+def test_a_killed_process_continues_bit_for_bit(memorized, tmp_path):
+    model, examples = memorized
+    model.save_pretrained(tmp_path / "model")
+    rows = {name: [[row.input_ids, row.labels] for row in part] for name, part in examples.items()}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    script = Path(__file__).with_name("killed_run.py")
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, str(script), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": root}
+    killed = subprocess.run([*command, "3"], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    subprocess.run([*command, "0"], env=environment, check=True)
+    found = type(model).from_pretrained(tmp_path / "result")
+    expected = copy.deepcopy(model)
+    run(expected, examples, FAST.updated(checkpoint_interval=1))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused(memorized, tmp_path):
+    model, examples = memorized
+    run(copy.deepcopy(model), examples, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(copy.deepcopy(model), examples, FAST.updated(seed=5), checkpoint=tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run(copy.deepcopy(model), examples, checkpoint=tmp_path / "other")
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(memorized):
+    model, examples = memorized
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = weights(model)
+    config = FAST.updated(method="all_neurons")
+    with pytest.raises(
+        NonFiniteLossError, match=r"The loss of step 1 is nan, expected a finite number. Lower lr \(it is 0.01\)"
+    ):
+        run(model, examples, config)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters() if name != "lm_head.weight")
+
+
+@pytest.mark.parametrize("which", ["forget", "retain"])
+def test_an_empty_set_is_refused(memorized, which):
+    model, examples = memorized
+    with pytest.raises(ValueError, match=f"The {which} set is empty"):
+        run(model, {**examples, which: []})
+
+
+def test_a_given_selection_is_trained_as_it_is(memorized):
+    model, examples = memorized
+    selection = NeuronSelection({"model.layers.1.mlp.down_proj": [3]}, {"model.layers.1.mlp.down_proj": 64})
+    done = run(model, examples, selection=selection)
+    assert done.selection == selection and done.changed_share > 0
+
+
+@pytest.mark.parametrize("rule", ["contrast", "top", "threshold"])
+def test_every_rule_selects_critical_neurons(memorized, rule):
+    model, examples = memorized
+    done = run(model, examples, FAST.updated(rule=rule, max_steps=1))
+    assert 0 < done.selection.fraction < 1 and done.attribution is not None
+
+
+def test_objectives_are_their_formula(memorized):
+    model, examples = memorized
+    from torch_simu.unlearning.data.examples import collate
+
+    forget, retain = (collate(examples[name][:3], 0) for name in ("forget", "retain"))
+    f, r = mean_answer_nll(model, forget), mean_answer_nll(model, retain)
+    # The model's own loss is the mean over scored tokens, computed by transformers.
+    assert f.item() == pytest.approx(model(**forget).loss.item(), rel=1e-5)
+
+    def total(objective):
+        return sum(term.weight * term.loss for term in objective.terms(model, forget, retain)).item()
+
+    assert total(GradAscent()) == pytest.approx(-f.item())
+    assert total(make_objective("grad_diff", retain_weight=3.0)) == pytest.approx((3 * r - f).item())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "simu_gradif"}, "method is 'simu_gradif', expected one of .*Did you mean 'simu_graddiff'"),
+        ({"objective": "npo"}, "objective is 'npo', expected one of 'grad_diff', 'grad_ascent'"),
+        ({"fraction": 0.0}, r"fraction is 0.0, expected a finite number in \(0, 1\]"),
+        ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"max_steps": 0}, "max_steps is 0, expected a whole number >= 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"seed": 0.5}, "seed is 0.5 of type float"),
+    ],
+)
+def test_choices_out_of_bounds_are_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        UnlearnConfig(**options)
+
+
+def test_a_negative_retain_weight_is_refused():
+    with pytest.raises(ValueError, match="retain_weight is -1"):
+        GradDiff(-1.0)

@@ -1,0 +1,79 @@
+"""A quantized model forgets through deltas; its codes stay, and the deltas go beside them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from tests.cli.test_cli import call, files, options  # noqa: F401 (a fixture)
+from tests.quantized import quantized
+from tests.unlearning.test_driver import FAST, _memorized, run
+from torch_simu import NeuronSelection
+from torch_simu.bitsandbytes.layers import fingerprint
+from torch_simu.cli.loading import load_model
+from torch_simu.deltas import attached_layers
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_the_command_forgets_through_deltas_and_writes_the_untouched_base(files, tmp_path, kind):  # noqa: F811
+    out = tmp_path / "out"
+    quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3]
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == 0
+    rows = json.loads((out / "report.json").read_text())["methods"]
+    assert rows["simu_graddiff"]["forget"]["probability"] < rows["before"]["forget"]["probability"] - 0.2
+    selection = NeuronSelection.load(out / "selection.safetensors")
+    base, _ = load_model(str(files / "model"), load_in=kind)
+    found, _ = load_model(str(out))
+    assert list(attached_layers(found)) == [layer for layer in selection if len(selection[layer])]
+    for name, layer in attached_layers(found).items():
+        assert torch.equal(layer.idx, selection[name])
+        assert fingerprint(layer) == fingerprint(base.get_submodule(name))
+    assert call("evaluate", *options(files, "forget", "retain", model=out), "--out", tmp_path / "measured.json") == 0
+    measured = json.loads((tmp_path / "measured.json").read_text())["methods"]["model"]
+    wanted = rows["simu_graddiff"]["forget"]["probability"]
+    assert measured["forget"]["probability"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_attention_trains_whole_where_it_keeps_its_weights(files, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    quick = ["--lr", 1e-2, "--max-steps", 2, "--batch-size", 6, "--attention", "full", "--load-in", "8bit"]
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) == 0
+    base, changed = (load_model(str(folder), load_in=None)[0] for folder in (files / "model", out))
+    name = "model.layers.0.self_attn.q_proj"
+    assert changed.get_submodule(name).weight.is_floating_point()
+    assert not torch.equal(base.get_submodule(name).weight, changed.get_submodule(name).weight)
+    assert changed.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.int8
+
+
+def test_a_broken_quantized_run_continues_bit_for_bit(tmp_path):
+    float_model, examples = _memorized()
+    base = quantized(float_model, "8bit")
+    whole, broken = copy.deepcopy(base), copy.deepcopy(base)
+    expected = run(whole, examples)
+
+    def stop(stage, done, total, note=""):
+        if stage == "unlearn" and done == 3:
+            raise KeyboardInterrupt
+
+    config = FAST.updated(checkpoint_interval=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, examples, config, checkpoint=tmp_path / "run", progress=stop)
+    resumed = copy.deepcopy(base)
+    run(resumed, examples, config, checkpoint=tmp_path / "run")
+    for name, layer in attached_layers(whole).items():
+        assert layer.delta.any()
+        assert torch.equal(layer.delta, attached_layers(resumed)[name].delta)
+        assert fingerprint(layer) == fingerprint(base.get_submodule(name))
+    assert expected.optimizer_bytes > 0
+
+
+def test_methods_that_train_codes_are_refused(files, tmp_path, capsys):  # noqa: F811
+    common = [*options(files, "forget", "retain"), "--out", tmp_path / "out"]
+    assert call("unlearn", *common, "--load-in", "8bit", "--method", "fo_graddiff") == 2
+    assert "Method 'fo_graddiff' trains weights that are quantized" in capsys.readouterr().err
+    assert call("unlearn", *common, "--load-in", "3bit") == 2
+    assert "load_in is '3bit', expected one of '8bit', '4bit'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,28 @@
+"""frozen: a model without anything to train, for the time of an attribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode without trainable parameters, and restore both on the way out."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for param in trainable:
+            param.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for param in trainable:
+            param.requires_grad_(True)

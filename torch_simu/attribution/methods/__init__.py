@@ -1,0 +1,1 @@
+"""Methods: ways to attribute, exact and approximate."""

@@ -1,0 +1,37 @@
+"""Call: what a model's forward pass takes, on which device, and the logits that it gives."""
+
+from __future__ import annotations
+
+import inspect
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def logits_at(model: nn.Module, positions: Tensor, **inputs: object) -> Tensor:
+    """Return the model's logits at some positions, computing no others where the model can.
+
+    Args:
+        model: A causal language model.
+        positions: Positions of the sequence. Shape: `(num_positions,)`.
+        inputs: Arguments of the model.
+
+    Returns:
+        Logits. Shape: `(batch, num_positions, vocabulary)`.
+    """
+    if accepts(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = positions
+    logits = model(**inputs).logits
+    return cast("Tensor", logits if logits.shape[1] == positions.numel() else logits[:, positions])
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Say whether the model's forward pass names the argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that the model's inputs belong on."""
+    found = getattr(model, "device", None)
+    return found if isinstance(found, torch.device) else next(model.parameters()).device

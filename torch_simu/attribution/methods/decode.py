@@ -1,0 +1,121 @@
+"""Exact attribution by decoding: every sample is a row of one token behind its own cached prefix, as in generation.
+
+Each sample's clean keys and values stand right before its token, with padding on the left. So whatever a model does in
+generation is done here, too: distances are those of the prefix (ALiBi, local attention), and the mask has one dimension
+for keys (flash attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
+from torch_simu.attribution.methods.cacheable import cached, check_cacheable
+from torch_simu.attribution.methods.call import accepts, device_of
+from torch_simu.attribution.path import Path
+from torch_simu.attribution.rows import Row
+from torch_simu.attribution.site import Site
+from torch_simu.attribution.sums import LayerSum, path_sums
+
+
+def decode_sums(
+    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+) -> Iterator[tuple[str, LayerSum]]:
+    """Yield the exact sum of each layer over all samples of the rows.
+
+    Args:
+        model: A causal language model of transformers, frozen.
+        rows: Sequences with samples.
+        layers: Name -> module.
+        path: Objective and path points.
+
+    Raises:
+        NotApplicableError: If the model's layers do more than attention over these rows.
+    """
+    check_cacheable(model)
+    prefixes = _prefixes(model, rows)
+    clean = path.values(prefixes.clean, prefixes.targets).double().sum().item()
+    count = prefixes.ids.numel()
+    per_prefix = sum(each[0].nbytes for each in (*prefixes.keys, *prefixes.values))
+    # Joining a token to its prefix copies the prefix.
+    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, 0, 2 * per_prefix + bytes_per_token(model))
+    for name, module in layers.items():
+        values = partial(_token_values, prefixes, name, module, path)
+        yield name, path_sums(values, path, Chunks(*sizes), count, clean)[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefixes:
+    """What the clean pass left: the samples, and for each layer the keys and values of the rows."""
+
+    model: nn.Module
+    ids: Tensor
+    row: Tensor
+    position: Tensor
+    targets: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    clean: Tensor
+
+    def before(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Indices of the positions before each sample, the last one right, and which of them there are."""
+        position = self.position[part, None]
+        # One at least, hidden, for samples of one token.
+        length = max(1, int(position.max()))
+        index = position - length + torch.arange(length, device=position.device)
+        return index.clamp(min=0), index >= 0
+
+
+def _prefixes(model: nn.Module, rows: Sequence[Row]) -> _Prefixes:
+    # Imported here, because the package itself must not need transformers.
+    from transformers import DynamicCache
+
+    device = device_of(model)
+    ids = pad_sequence([each.ids for each in rows], batch_first=True).to(device)
+    # Padding on the right is seen by no position before it; the mask keeps models from warning of it.
+    mask = pad_sequence([torch.ones_like(each.ids) for each in rows], batch_first=True).to(device)
+    row = torch.arange(len(rows)).repeat_interleave(torch.tensor([each.num_samples for each in rows])).to(device)
+    position = torch.cat([each.queries for each in rows]).to(device)
+    cache = DynamicCache()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    keys, values = ([cached(layer, name, ids.shape[1]) for layer in cache.layers] for name in ("keys", "values"))
+    targets = torch.cat([each.targets for each in rows]).to(device)
+    return _Prefixes(model, ids[row, position], row, position, targets, keys, values, logits[row, position])
+
+
+def _token_values(
+    prefixes: _Prefixes, name: str, module: nn.Module, path: Path, alphas: list[float], part: slice
+) -> tuple[Tensor, dict[str, Site]]:
+    """Return F of each path point and sample, and the scaled layer."""
+    from transformers import DynamicCache
+
+    model, row, streams = prefixes.model, prefixes.row[part, None], len(alphas)
+    index, visible = prefixes.before(part)
+    count = len(index)
+    cache = DynamicCache()
+    for number, pair in enumerate(zip(prefixes.keys, prefixes.values, strict=True)):
+        # Indexed on both sides of the heads, the heads come last but one.
+        keys, values = (each[row, :, index].transpose(1, 2).repeat(streams, 1, 1, 1) for each in pair)
+        cache.update(keys, values, number)
+    inputs: dict[str, Tensor] = {}
+    if accepts(model, "position_ids"):
+        inputs["position_ids"] = prefixes.position[part, None].repeat(streams, 1)
+    site = Site(
+        name, module, streams * count, 1, alphas, lambda whole: whole[:count], lambda leaf, _: leaf.flatten(0, 1)
+    )
+    with site.scaled():
+        logits = model(
+            input_ids=prefixes.ids[part, None].repeat(streams, 1),
+            attention_mask=torch.cat([visible, visible.new_ones(count, 1)], dim=1).long().repeat(streams, 1),
+            past_key_values=cache,
+            use_cache=True,
+            **inputs,
+        ).logits
+    return path.values(logits[:, 0].reshape(streams, count, -1), prefixes.targets[part]), {name: site}

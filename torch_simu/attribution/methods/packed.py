@@ -1,0 +1,196 @@
+r"""Exact attribution of many samples per pass: clean keys and values are cached, every sample is one query.
+
+A sample changes one layer at the last position of its prefix, so all later layers read clean keys and values before it.
+One clean pass caches them; then the query of a sample sees the clean keys of its own row before it, and itself:
+
+$$\text{visible}(q, k) = [\text{row}_k = \text{row}_q] \; [\text{position}_k < \text{position}_q], \qquad
+\text{visible}(q, q) = 1,$$
+
+and in layers with a sliding window or with chunks only what those leave of it.
+
+Rows are packed one behind the other, so nothing is padded. Below the changed layer all path points are equal: there one
+stream runs, which that layer's input turns into one stream per path point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_simu._checks import problem
+from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
+from torch_simu.attribution.methods.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
+from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.path import Path
+from torch_simu.attribution.rows import Row
+from torch_simu.attribution.site import Site
+from torch_simu.attribution.sums import LayerSum, NotApplicableError, path_sums
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+def packed_sums(
+    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+) -> Iterator[tuple[str, LayerSum]]:
+    """Yield the exact sum of each layer over all samples of the rows.
+
+    Args:
+        model: A causal language model of transformers, frozen.
+        rows: Sequences with samples.
+        layers: Name -> module.
+        path: Objective and path points.
+
+    Raises:
+        NotApplicableError: If the model's layers do more than full attention over these rows.
+    """
+    check_cacheable(model)
+    check_masks(model)
+    pack = _pack(model, rows, layers)
+    clean = path.values(pack.clean[0], pack.targets).double().sum().item()
+    count = pack.queries.numel()
+    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, pack.cache_bytes, bytes_per_token(model))
+    for name, module in layers.items():
+        values = partial(_stream_values, pack, name, module, path)
+        yield name, path_sums(values, path, Chunks(*sizes), count, clean)[name]
+
+
+class _CacheLayer(Protocol):
+    update: Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pack:
+    """Rows one behind the other, and what the clean pass left."""
+
+    model: nn.Module
+    ids: Tensor
+    row: Tensor
+    position: Tensor
+    queries: Tensor
+    targets: Tensor
+    cache: DynamicCache
+    cache_bytes: int
+    windows: dict[str, int]
+    ranks: dict[str, int]
+    clean: Tensor
+
+    def mask(self, queries: Tensor, kind: str) -> Tensor:
+        """Which of all clean keys, then of the queries themselves, each query sees in layers of a kind."""
+        before = _seen(self.row, self.position, queries, kind, self.windows)
+        before &= self.position < self.position[queries, None]
+        own = torch.eye(queries.numel(), dtype=torch.bool, device=queries.device)
+        return torch.cat([before, own], dim=1)
+
+
+def _seen(row: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Mapping[str, int]) -> Tensor:
+    same = row[queries, None] == row
+    if kind == "sliding_attention":
+        return same & (position[queries, None] - position < windows[kind])
+    if kind == "chunked_attention":
+        return same & (position[queries, None] // windows[kind] == position // windows[kind])
+    return same
+
+
+def _pack(model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> _Pack:
+    # Imported here, because the package itself must not need transformers.
+    from transformers import DynamicCache
+
+    device = device_of(model)
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = lengths.cumsum(0) - lengths
+    ids = torch.cat([row.ids for row in rows]).to(device)
+    index = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
+    position = torch.cat([torch.arange(len(row)) for row in rows]).to(device)
+    queries = torch.cat([row.queries + start for row, start in zip(rows, starts.tolist(), strict=True)]).to(device)
+    targets = torch.cat([row.targets for row in rows]).to(device)
+    cache = DynamicCache()
+    windows, everything = windows_of(model), torch.arange(len(ids), device=device)
+
+    def causal(kind: str) -> Tensor:
+        return _seen(index, position, everything, kind, windows) & (position <= position[:, None])
+
+    with _recorded_ranks(layers) as ranks, torch.no_grad():
+        clean = logits_at(
+            model,
+            queries,
+            input_ids=ids[None],
+            position_ids=position[None],
+            attention_mask=_masks(model, windows, causal),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    cache_bytes = 0
+    for layer in cast("list[_CacheLayer]", cache.layers):
+        keys, values = (cached(layer, name, ids.numel()) for name in ("keys", "values"))
+        # The cache is only read from now on: every pass sees the clean keys and values, then its own.
+        layer.update = partial(_joined, keys, values)
+        cache_bytes += keys.nbytes + values.nbytes
+    return _Pack(model, ids, index, position, queries, targets, cache, cache_bytes, windows, ranks, clean)
+
+
+def _joined(
+    clean_keys: Tensor, clean_values: Tensor, keys: Tensor, values: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    streams = keys.shape[0]
+    return (
+        torch.cat([clean_keys.expand(streams, -1, -1, -1), keys], dim=2),
+        torch.cat([clean_values.expand(streams, -1, -1, -1), values], dim=2),
+    )
+
+
+def _stream_values(
+    pack: _Pack, name: str, module: nn.Module, path: Path, alphas: list[float], part: slice
+) -> tuple[Tensor, dict[str, Site]]:
+    """Return F of each path point and query, and the scaled layer."""
+    queries, targets = pack.queries[part], pack.targets[part]
+    # A layer that sees rows and tokens as one dimension cannot turn one stream into several.
+    streams = len(alphas) if pack.ranks.get(name) == 2 else 1
+    site = Site(name, module, streams, queries.numel(), alphas, lambda whole: whole[0], lambda leaf, _: leaf)
+    with site.scaled():
+        logits = pack.model(
+            input_ids=pack.ids[queries].expand(streams, -1),
+            position_ids=pack.position[queries].expand(streams, -1),
+            attention_mask=_masks(pack.model, pack.windows, partial(pack.mask, queries)),
+            past_key_values=pack.cache,
+            use_cache=True,
+        ).logits
+    if logits.shape[:2] != (len(alphas), queries.numel()):
+        wrong = f"Layer {name!r} with {len(alphas)} path points gives logits of shape {tuple(logits.shape)}"
+        raise NotApplicableError(problem(wrong, f"({len(alphas)}, {queries.numel()}, vocabulary)", ADVICE))
+    return path.values(logits, targets), {name: site}
+
+
+def _masks(model: nn.Module, windows: Mapping[str, int], visible: Callable[[str], Tensor]) -> object:
+    """Return the mask as the model's attention takes it, or one for each kind of layer where there are several."""
+    masks = {kind: _mask_of(model, visible(kind)) for kind in windows}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _mask_of(model: nn.Module, visible: Tensor) -> Tensor:
+    """Return the mask as the model's attention takes it. Shape: `(1, 1, num_queries, num_keys)`."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        return visible[None, None]
+    dtype = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, hidden)[None, None]
+
+
+@contextmanager
+def _recorded_ranks(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Yield a mapping that the next forward pass fills with the number of dimensions of each layer's input."""
+    ranks: dict[str, int] = {}
+    with ExitStack() as stack:
+        for name, module in layers.items():
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                ranks[name] = args[0].dim()
+
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield ranks

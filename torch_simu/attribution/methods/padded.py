@@ -1,0 +1,57 @@
+"""PaddedRows: rows of similar length side by side, for methods that scale all positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
+from torch_simu.attribution.methods.call import device_of
+from torch_simu.attribution.path import Path
+from torch_simu.attribution.rows import Row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedRows:
+    """Rows padded on the right, which a causal model's earlier positions never see.
+
+    Attributes:
+        ids: Token ids, 0 at padding. Shape: `(num_rows, length)`.
+        row: Row of each sample. Shape: `(num_samples,)`.
+        query: Last position of each sample's prefix. Shape: `(num_samples,)`.
+        targets: Shape: `(num_samples,)`.
+        chunks: How many path points fit into one pass.
+    """
+
+    ids: Tensor
+    row: Tensor
+    query: Tensor
+    targets: Tensor
+    chunks: Chunks
+
+    def values(self, model: nn.Module, streams: int, path: Path) -> Tensor:
+        """Return F of each stream and sample. Shape: `(streams, num_samples)`."""
+        logits = model(input_ids=self.ids.repeat(streams, 1), use_cache=False).logits
+        return path.values(logits.reshape(streams, *self.ids.shape, -1)[:, self.row, self.query], self.targets)
+
+
+def padded_rows(model: nn.Module, rows: Sequence[Row], steps: int) -> Iterator[PaddedRows]:
+    """Yield the rows in groups that fit into one pass with as many path points as possible."""
+    device = device_of(model)
+    tokens = max(1, byte_budget(model) // bytes_per_token(model))
+    longest = max(map(len, rows))
+    size = max(1, tokens // (steps * longest))
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        index = torch.arange(len(group)).repeat_interleave(torch.tensor([row.num_samples for row in group]))
+        yield PaddedRows(
+            pad_sequence([row.ids for row in group], batch_first=True).to(device),
+            index.to(device),
+            torch.cat([row.queries for row in group]).to(device),
+            torch.cat([row.targets for row in group]).to(device),
+            Chunks(max(1, min(steps + 2, tokens // (len(group) * longest))), 1),
+        )

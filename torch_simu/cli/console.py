@@ -1,0 +1,59 @@
+"""Console: progress bars, tables and one-line errors for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from torch_simu.unlearning.progress import Progress as ProgressCallback
+from torch_simu.unlearning.report.report import Report, readable_bytes
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[ProgressCallback]:
+    """Yield a progress callback that draws one bar per stage with its remaining time."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                for finished in bars.tasks:
+                    # A run that stops early is complete, although not all of its steps were needed.
+                    bars.update(finished.id, total=finished.completed)
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield tell
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print a report's table, 80 columns wide, and its notes; per set, EM, ES and probability stand in one cell."""
+    table = Table(title=report.title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    sets = list(next(iter(report.methods.values())).sets)
+    table.add_column("\nmethod", no_wrap=True)
+    for name in sets:
+        table.add_column(f"{name}\nEM   ES   prob", no_wrap=True)
+    for title in ("weights\nchanged", "state\n", "\ns"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for method, result in report.methods.items():
+        cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
+        changed, state = f"{100 * result.changed_share:.3g} %", readable_bytes(result.optimizer_bytes)
+        table.add_row(method, *cells, changed, state, f"{result.seconds:.0f}")
+    console.print(table)
+    for note in report.notes:
+        console.print(note, style="dim", highlight=False)
+
+
+def _four(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]

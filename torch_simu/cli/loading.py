@@ -1,0 +1,123 @@
+"""Loading: a model and its tokenizer from a folder, without ever reading a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from torch_simu._checks import check_choice, problem
+from torch_simu.bitsandbytes.installed import require_bitsandbytes
+from torch_simu.bitsandbytes.layers import keep_codes_as_loaded
+from torch_simu.deltas import load_deltas
+from torch_simu.layers import attention_projections
+from torch_simu.unlearning.data.tokenizer import load_tokenizer
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CODES = ("8bit", "4bit")
+
+DELTAS = "deltas.safetensors"
+"""Where the deltas of a quantized model are, in its folder."""
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    load_in: str | None = None,
+    float_attention: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model with its tokenizer.
+
+    Args:
+        source: A folder with `config.json`, safetensors weights and tokenizer files, or a name on the hub.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where the model goes; None: the GPU if there is one.
+        load_in: "8bit" or "4bit" (NF4) codes of bitsandbytes for the linear layers but the head; None: as saved.
+        float_attention: Whether the attention projections keep their weights then, so that they can be trained.
+
+    Returns:
+        The model in eval mode, and the tokenizer. Deltas that are saved beside the model are attached.
+
+    Raises:
+        ValueError: If `source` is no model with a tokenizer, or `dtype` or `device` is unknown.
+    """
+    check_choice("dtype", dtype, _DTYPES)
+    if load_in is not None:
+        check_choice("load_in", load_in, _CODES)
+        require_bitsandbytes(f"load_in {load_in!r}")
+    place = _device(device)
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(problem(f"{source!r} holds no config.json", "the folder of a transformers model"))
+    if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") != 1):
+        raise FileNotFoundError(problem(f"Model folder {source!r} does not exist", "a folder, or a name on the hub"))
+    tokenizer = load_tokenizer(source)
+    with quiet_transformers():
+        try:
+            options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip() or "-").splitlines()[0]
+            raise ValueError(problem(f"Model {source!r} cannot be loaded ({reason})", "safetensors weights")) from error
+    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > vocabulary:
+        wrong = f"The tokenizer of {source!r} has {len(tokenizer)} tokens and the model {vocabulary} embeddings"
+        raise ValueError(problem(wrong, "a tokenizer of this model"))
+    if getattr(model, "hf_quantizer", None) is None:
+        nn.Module.to(model, place)
+    keep_codes_as_loaded(model)
+    if (deltas := folder / DELTAS).is_file():
+        load_deltas(model, deltas)
+    return model.eval(), tokenizer
+
+
+def _quantized(source: str, load_in: str, float_attention: bool, place: torch.device) -> dict[str, Any]:
+    kept = ["lm_head"]
+    if float_attention:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        kept += sorted({name.rsplit(".", 1)[-1] for name in attention_projections(empty)})
+    if load_in == "8bit":
+        # Without a threshold for outliers, by which a row's result would depend on the other rows of the batch.
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept)
+    return {"quantization_config": config, "device_map": {"": place}}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the bars and notices of transformers, where the command line draws its own."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or "-").splitlines()[0]
+        raise ValueError(
+            problem(f"Device {name!r} cannot be used ({reason})", "cpu, or a device of this machine")
+        ) from error
+    return device

@@ -1,0 +1,1 @@
+"""Data: rows, the token sequences that they become, and batches of them."""

@@ -1,0 +1,1 @@
+"""Metrics: what a model knows of a set of rows."""

@@ -1,0 +1,207 @@
+r"""Scoring: how surely a model says an answer, token by token, given the right tokens before (teacher forcing).
+
+With $p_t$ the probability of the answer's token $t$ of $T$, and a position *right* when its token is the most probable:
+
+- probability $\exp(\frac1T \sum_t \log p_t)$, the geometric mean of the $p_t$;
+- exact memorization EM, the share of right positions;
+- extraction strength ES $= 1 - k/T$, with $k$ the length of the shortest prefix of the answer after which all positions
+  are right. So ES is the share of the longest right ending: 1 when all is right, 0 when the last position is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from torch_simu._checks import problem
+from torch_simu.curvature import IGNORED
+from torch_simu.unlearning.data.batches import batches_of_similar_length
+from torch_simu.unlearning.data.examples import Example, collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(done, total)` after each batch, in rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What each position of a batch says of the label after it.
+
+    Args:
+        nll: Negative log-likelihood of the label in nats, fp32; 0 where not scored. Shape: `(batch, length - 1)`.
+        right: Whether the label is the most probable token; False where not scored. Shape: as `nll`.
+        scored: Whether there is a label. Shape: as `nll`.
+    """
+
+    nll: Tensor
+    right: Tensor
+    scored: Tensor
+
+
+def score_tokens(logits: Tensor, labels: Tensor) -> TokenScores:
+    """Score each label from the logits of the position before it.
+
+    Args:
+        logits: Shape: `(batch, length, vocabulary)`.
+        labels: Token ids, -100 where not scored. The first position has no logits before it. Shape: `(batch, length)`.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a row has no scored position.
+
+    Examples:
+        >>> tokens = score_tokens(torch.zeros(1, 3, 4), torch.tensor([[-100, 0, 3]]))
+        >>> tokens.right
+        tensor([[ True, False]])
+        >>> tokens.nll.exp()
+        tensor([[4., 4.]])
+    """
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        wrong = f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(problem(wrong, "(batch, length, vocabulary) and (batch, length)"))
+    targets = labels[:, 1:]
+    scored = targets != IGNORED
+    if not bool(scored.any(dim=1).all()):
+        empty = (~scored.any(dim=1)).nonzero()[:, 0].tolist()
+        raise ValueError(problem(f"Rows {empty} of the batch have no scored label", "a label other than -100 in each"))
+    # Only the scored positions are raised to fp32: all of them would be the largest tensor of the evaluation.
+    chosen = logits[:, :-1][scored].float()
+    nll = torch.zeros(targets.shape, device=logits.device)
+    nll[scored] = cross_entropy(chosen, targets[scored], reduction="none")
+    right = torch.zeros_like(scored)
+    right[scored] = chosen.argmax(dim=-1) == targets[scored]
+    return TokenScores(nll, right, scored)
+
+
+def mean_nll(tokens: TokenScores) -> Tensor:
+    """Return the mean negative log-likelihood of each row's scored positions, in nats. Shape: `(batch,)`.
+
+    Examples:
+        >>> mean_nll(score_tokens(torch.zeros(1, 3, 4), torch.tensor([[-100, 0, 3]]))).exp()
+        tensor([4.])
+    """
+    return tokens.nll.sum(dim=1) / tokens.scored.sum(dim=1)
+
+
+def probability(tokens: TokenScores) -> Tensor:
+    """Return the probability of each row's answer per token, `exp(-mean_nll)`, in [0, 1]. Shape: `(batch,)`.
+
+    Examples:
+        >>> probability(score_tokens(torch.zeros(1, 3, 4), torch.tensor([[-100, 0, 3]])))
+        tensor([0.2500])
+    """
+    return (-mean_nll(tokens)).exp()
+
+
+def exact_memorization(tokens: TokenScores) -> Tensor:
+    """Return the share of each row's scored positions that are right, in [0, 1]. Shape: `(batch,)`.
+
+    Examples:
+        >>> exact_memorization(score_tokens(torch.zeros(1, 3, 4), torch.tensor([[-100, 0, 3]])))
+        tensor([0.5000])
+    """
+    return tokens.right.sum(dim=1) / tokens.scored.sum(dim=1)
+
+
+def extraction_strength(tokens: TokenScores) -> Tensor:
+    """Return the share of each row's answer that is right to its end, in [0, 1]. Shape: `(batch,)`.
+
+    This is 1 - k/T with k from 0 to T: a wrong last position gives 0, where the code of open-unlearning, which stops at
+    k = T - 1, gives 1/T.
+
+    Examples:
+        >>> labels = torch.tensor([[-100, 0, 3, 0], [-100, 0, 0, 3]])
+        >>> extraction_strength(score_tokens(torch.zeros(2, 4, 4), labels))
+        tensor([0.3333, 0.0000])
+    """
+    wrong = tokens.scored & ~tokens.right
+    wrong_from_here = wrong.flip(1).cumsum(dim=1).flip(1)
+    return (tokens.scored & (wrong_from_here == 0)).sum(dim=1) / tokens.scored.sum(dim=1)
+
+
+def score_answers(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    pad_id: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, list[float]]:
+    """Score the answer of each example on the model's device, in eval mode and without gradients.
+
+    Args:
+        model: A causal language model; its training flags are restored.
+        examples: Encoded rows, as `torch_simu.unlearning.data.examples.encode` makes them.
+        batch_size: Examples per forward pass.
+        pad_id: The token id to pad with.
+        progress: Called as `progress(done, total)` after each batch.
+
+    Returns:
+        "nll" (mean per token, in nats), "probability", "em" and "es", each with one value per example, in order.
+
+    Raises:
+        ValueError: If there is no example, or one has no scored position.
+    """
+    if not examples:
+        raise ValueError(problem("There is no example to score", "at least one"))
+    measures = {"nll": mean_nll, "probability": probability, "em": exact_memorization, "es": extraction_strength}
+    values = {name: [0.0] * len(examples) for name in measures}
+    device = next(model.parameters()).device
+    done = 0
+    with evaluating(model):
+        for indices in batches_of_similar_length([len(example.input_ids) for example in examples], batch_size):
+            batch = {name: part.to(device) for name, part in collate([examples[i] for i in indices], pad_id).items()}
+            labels = batch.pop("labels")
+            # Without a cache, which would only hold memory here.
+            tokens = score_tokens(model(**batch, use_cache=False).logits, labels)
+            for name, measure in measures.items():
+                for index, value in zip(indices, measure(tokens).tolist(), strict=True):
+                    values[name][index] = value
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(examples))
+    return values
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every submodule in training or eval mode, and restore each one's flag afterwards.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+        >>> with mode(model, training=False):
+        ...     model[0].training
+        False
+        >>> model[0].training, model[1].training
+        (True, False)
+    """
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode without gradients, and restore each one's training flag afterwards.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> with evaluating(model):
+        ...     model.training, torch.is_grad_enabled()
+        (False, False)
+        >>> model.training
+        True
+    """
+    with mode(model, training=False), torch.no_grad():
+        yield
