@@ -108,9 +108,8 @@ def _pack(model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping
     ids = torch.cat([sequence.ids for sequence in sequences]).to(device)
     index = torch.arange(len(sequences)).repeat_interleave(lengths).to(device)
     position = torch.cat([torch.arange(len(sequence)) for sequence in sequences]).to(device)
-    queries = torch.cat([each.queries + start for each, start in zip(sequences, starts.tolist(), strict=True)]).to(
-        device
-    )
+    shifted = [each.queries + start for each, start in zip(sequences, starts.tolist(), strict=True)]
+    queries = torch.cat(shifted).to(device)
     targets = torch.cat([each.targets for each in sequences]).to(device)
     cache = DynamicCache()
     windows, everything = windows_of(model), torch.arange(len(ids), device=device)
