@@ -18,7 +18,6 @@ _COUNTERS = ("num_steps", "next_refresh")
 
 def count_step(group: dict[str, Any], finite: Tensor | bool) -> None:
     """Count a step, if it changed anything."""
-    place_counters(group, finite)
     group["num_steps"] += finite.to(group["num_steps"].device) if isinstance(finite, Tensor) else 1
 
 

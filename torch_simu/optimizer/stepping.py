@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_simu.optimizer.counters import count_step, due, schedule_refresh
+from torch_simu.optimizer.counters import count_step, due, place_counters, schedule_refresh
 from torch_simu.optimizer.entries import Entry, local, stored
 from torch_simu.optimizer.storage import allocate, read, write
 from torch_simu.update import (
@@ -53,6 +53,8 @@ def step_group(
     group: dict[str, Any], entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], finite: Tensor | bool
 ) -> None:
     """Make one step of a group and count it, where `finite` is true."""
+    # Before the step, whose draws go by the counter.
+    place_counters(group, finite)
     own = [state_of(states, group, entry) for entry in entries]
     refreshed = group["curvature"] == "squared_gradient" and due([group], ahead=1) & finite
     if refreshed is not False:
