@@ -115,7 +115,7 @@ def main() -> None:
             sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     write_result(
         options.out,
-        claim="torch-simu unlearn forgets TOFU forget01 in a small model trained on TOFU rows and keeps the others.",
+        claim="tofu_forget01",
         command=command(),
         environment=environment(),
         seeds=options.seeds,
