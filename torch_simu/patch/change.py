@@ -122,7 +122,7 @@ class Change:
         shape = self.shape
         if self.kind == "columns":
             dims = (self.dim,) if isinstance(self.dim, int) else self.dim or ()
-            counted = {each % len(shape) for each in dims}
+            counted = {range(len(shape))[each] for each in dims}
             kept = tuple(size for each, size in enumerate(shape) if each not in counted)
             if math.prod(shape[each] for each in counted) != self.num_neurons:
                 raise ValueError(f"dimension {self.dim} of shape {shape} does not count {self.num_neurons} neurons")
