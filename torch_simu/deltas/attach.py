@@ -10,8 +10,16 @@ from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import check_4bit, is_4bit, is_8bit
+from torch_simu.columns import Columns
 from torch_simu.deltas.layer import DeltaLayer, attach, detach
-from torch_simu.layers import is_fused_experts, is_neuron_layer, neuron_dim, num_neurons, select_layers
+from torch_simu.layers import (
+    check_num_neurons,
+    check_unshared,
+    is_fused_experts,
+    is_neuron_layer,
+    neuron_dim,
+    select_layers,
+)
 from torch_simu.neurons import NeuronSelection
 
 
@@ -77,12 +85,11 @@ def merge_deltas(model: nn.Module) -> None:
             )
             raise ValueError(problem(wrong, "a floating-point weight", advice))
     for layer in layers.values():
-        weight, dim = layer.weight, cast("int", neuron_dim(layer))
-        delta = layer.delta.detach() if dim == -1 else layer.delta.detach().T
+        weight, columns = layer.weight, Columns(neuron_dim(layer), layer.idx)
+        delta = layer.delta.detach() if columns.dim == -1 else layer.delta.detach().T
         with torch.no_grad():
-            columns = weight.index_select(dim, layer.idx)
             wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.index_copy_(dim, layer.idx, (columns.to(wide) + delta.to(wide)).to(weight.dtype))
+            columns.write_(weight, (columns.gather(weight).to(wide) + delta.to(wide)).to(weight.dtype))
         detach(layer)
 
 
@@ -116,9 +123,7 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
         expected = "nn.Linear, Conv1D, Linear8bitLt or Linear4bit"
         advice = "Train the experts in place: selection.param_groups(model)." if is_fused_experts(layer) else ""
         raise TypeError(problem(f"Layer {name!r} is a {type(layer).__name__}", expected, advice))
-    if num_neurons(layer) != selection.num_neurons[name]:
-        wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, the selection counts {selection.num_neurons[name]}"
-        raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
+    check_num_neurons(name, layer, selection.num_neurons[name])
     _check_not_compiled(f"Layer {name!r}", layer)
     weight = cast("nn.Parameter", layer.weight)
     if weight.device.type == "meta":
@@ -128,9 +133,7 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
     if isinstance(weight, DTensor):
         advice = "Call attach_deltas before fully_shard."
         raise ValueError(problem(f"The weight of layer {name!r} is sharded", "a whole one", advice))
-    for other, module in model.named_modules():
-        if other != name and any(param is weight for param in module.parameters(recurse=False)):
-            raise ValueError(problem(f"Layers {name!r} and {other!r} share one weight", "a weight per layer"))
+    check_unshared(model, name, weight)
     if is_8bit(layer) and (weight.dtype != torch.int8 or layer.state.has_fp16_weights):  # type: ignore[union-attr]
         advice = "Make it with has_fp16_weights=False and move it to its device, which makes the codes."
         raise ValueError(problem(f"The 8-bit layer {name!r} holds {weight.dtype}", "torch.int8 codes", advice))

@@ -1,7 +1,7 @@
 """Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
 
+from torch_simu.layers.checks import check_num_neurons, check_unshared
 from torch_simu.layers.kinds import (
-    NeuronDim,
     d_model,
     is_fused_experts,
     is_neuron_layer,
@@ -13,9 +13,10 @@ from torch_simu.layers.probe import probed_projections
 from torch_simu.layers.projections import Selector, attention_projections, down_projections, select_layers
 
 __all__ = [
-    "NeuronDim",
     "Selector",
     "attention_projections",
+    "check_num_neurons",
+    "check_unshared",
     "d_model",
     "down_projections",
     "is_fused_experts",

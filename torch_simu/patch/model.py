@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.layers import attention_projections, neuron_dim, neuron_weight, num_neurons, select_layers
+from torch_simu.layers import attention_projections, check_num_neurons, neuron_dim, neuron_weight, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Where
 
@@ -61,9 +61,7 @@ def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
     """
     where = {}
     for name, layer in (select_layers(model, selection) if len(selection) else {}).items():
-        if num_neurons(layer) != selection.num_neurons[name]:
-            wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, not {selection.num_neurons[name]}"
-            raise ValueError(problem(wrong, "the selection's", "Was the selection made on another model?"))
+        check_num_neurons(name, layer, selection.num_neurons[name])
         weight = neuron_weight(layer)
         key = next((key for key, param in layer.named_parameters(recurse=False) if param is weight), None)
         if key is None:
