@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.layers import (
     NeuronDim,
     Selector,
     attention_projections,
+    check_kind,
+    check_weight,
     neuron_dim,
     neuron_weight,
     num_neurons,
@@ -183,8 +186,12 @@ class NeuronSelection(Mapping[str, Tensor]):
 
         Raises:
             KeyError: If a layer is not in the model.
+            TypeError: If a layer is of another kind, or belongs to another quantizer (`check_weight` of
+                `torch_simu.layers`).
             ValueError: If a layer has another number of neurons, shares its weight with another layer, holds quantized
-                codes, which cannot be trained in place, or is an attention projection that "full" trains whole.
+                codes, which cannot be trained in place, or is an attention projection that "full" trains whole; if its
+                weight is computed from other parameters or has no data (meta device, as of offloaded layers); if 4-bit
+                codes of the model were packed for inference.
         """
         check_choice("attention", attention, ("full", "frozen"))
         modules = select_layers(model, self) if len(self) else {}
@@ -205,10 +212,13 @@ class NeuronSelection(Mapping[str, Tensor]):
         if attention == "full":
             params = []
             for name, projection in projections.items():
+                check_weight(name, projection)
                 for param in projection.parameters(recurse=False):
                     _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
                     params.append(param)
             result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
+        # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
+        keep_codes_as_loaded(model)
         model.requires_grad_(False)
         for group in result:
             for param in cast("list[nn.Parameter]", group["params"]):
@@ -283,10 +293,12 @@ class NeuronSelection(Mapping[str, Tensor]):
         return layer
 
     def _check_layer(self, name: str, module: nn.Module) -> None:
+        check_kind(name, module)
         if (size := num_neurons(module)) != self._num_neurons[name]:
             wrong = f"Layer {name!r} has {size} neurons, the selection counts {self._num_neurons[name]}"
             raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
         _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
+        check_weight(name, module)
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
