@@ -97,7 +97,7 @@ class TestParamGroups:
         [
             (lambda m: setattr(m, "0", nn.Linear(5, 4)), ValueError, "Layer '0' has 5 neurons, the selection counts 4"),
             (lambda m: m.__delattr__("2"), KeyError, "Layer '2' is not in the model"),
-            (lambda m: setattr(m, "2", nn.ReLU()), TypeError, "The layer is a ReLU"),
+            (lambda m: setattr(m, "2", nn.ReLU()), TypeError, "Layer '2' is a ReLU"),
             (lambda m: setattr(m[2], "weight", m[0].weight), ValueError, "Layers '[02]' and '[02]' share one weight"),
             (lambda m: setattr(m[1], "weight", m[0].weight), ValueError, "Layers '0' and '1' share one weight"),
             (
