@@ -13,7 +13,6 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
-from torch_simu.curvature import gauss_newton_loss
 from torch_simu.deltas import trained_groups
 from torch_simu.layers import attention_projections
 from torch_simu.neurons import NeuronSelection
@@ -22,7 +21,8 @@ from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
-from torch_simu.unlearning.objectives import Objective, answer_logits
+from torch_simu.unlearning.objectives import Objective
+from torch_simu.unlearning.refresh import Refresh
 
 
 class NonFiniteLossError(ValueError):
@@ -40,12 +40,11 @@ class StepBatches:
     device: torch.device
 
     def batch(self, what: str, number: int) -> dict[str, Tensor]:
-        """Return the "forget", "retain" or "hessian" batch of a step, on the model's device."""
+        """Return the "forget" or the "retain" batch of a step, on the model's device."""
         config = self.config
         examples, size, offset = {
             "forget": (self.forget, config.forget_batch_size, 0),
             "retain": (self.retain, config.retain_batch_size, 1),
-            "hessian": (self.retain, config.hessian_batch_size, 2),
         }[what]
         batches = Batches(examples, min(size, len(examples)), 3 * config.seed + offset, self.pad_id)
         return {name: tensor.to(self.device) for name, tensor in batches.batch(number).items()}
@@ -89,7 +88,7 @@ def take_step(
     optimizer: Optimizer,
     objective: Objective,
     stream: StepBatches,
-    config: UnlearnConfig,
+    refresh: Refresh,
     number: int,
 ) -> Record:
     """Descend the objective once, refresh the curvature when it is due, and return the record.
@@ -107,16 +106,9 @@ def take_step(
         record["loss"] += term.weight * value
     if not math.isfinite(record["loss"]):
         wrong = f"The loss of step {number + 1} is {record['loss']}"
-        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {config.lr:g})."))
+        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {stream.config.lr:g})."))
     optimizer.step()
-    if isinstance(optimizer, SIMUOptimizer) and optimizer.hessian_due:
-        optimizer.zero_grad()
-        batch = stream.batch("hessian", number)
-        # Seeded by the step, so that a resumed run samples the labels that the unbroken one would have.
-        draw = torch.Generator(model.device).manual_seed(config.seed * 1_000_003 + number)
-        loss, num_tokens = gauss_newton_loss(answer_logits(model, batch), batch["labels"], generator=draw)
-        loss.backward()
-        optimizer.update_hessian(num_tokens)
-        record["refreshed"] = True
     optimizer.zero_grad()
+    if isinstance(optimizer, SIMUOptimizer) and refresh.after_step(model, optimizer, number):
+        record["refreshed"] = True
     return record
