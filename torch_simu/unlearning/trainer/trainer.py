@@ -39,7 +39,7 @@ class SIMUOptimizerFactory:
         model: nn.Module,
         *,
         selection: NeuronSelection,
-        attention: Literal["full", "frozen"] = "full",
+        attention: Literal["full", "frozen"] = "frozen",
         **options: Any,
     ) -> SIMUOptimizer:
         """Return an optimizer of the selected neurons, or of their deltas; nothing else requires a gradient afterwards.
