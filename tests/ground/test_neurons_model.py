@@ -87,9 +87,9 @@ class TestParamGroups:
 
     def test_without_layers_only_attention_trains(self):
         model = tiny("llama")
-        (group,) = NeuronSelection({}, {}).param_groups(model)
+        (group,) = NeuronSelection({}, {}).param_groups(model, "full")
         assert len(group["params"]) == len(attention_projections(model))
-        assert NeuronSelection({}, {}).param_groups(model, "frozen") == []
+        assert NeuronSelection({}, {}).param_groups(model) == []
         assert not any(param.requires_grad for param in model.parameters())
 
     @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ class TestParamGroups:
         model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
         selection = NeuronSelection.full(model)
         with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj' holds torch.int8 codes.* attention='frozen'"):
-            selection.param_groups(model)
+            selection.param_groups(model, "full")
         assert len(selection.param_groups(model, "frozen")) == 1
 
     def test_selected_neurons_of_an_attention_projection_do_not_also_train_whole(self):
         model = tiny("llama")
         selection = NeuronSelection.full(model, r"self_attn\.o_proj")
         with pytest.raises(ValueError, match=r"o_proj' has selected neurons and is an attention projection.*'frozen'"):
-            selection.param_groups(model)
+            selection.param_groups(model, "full")
         assert len(selection.param_groups(model, "frozen")[0]["params"]) == 2
 
     def test_a_misspelled_choice_is_refused_with_the_nearest(self):
