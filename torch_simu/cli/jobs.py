@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,9 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
-from torch_simu.cli.loading import DELTAS, load_model, quiet_transformers
+from torch_simu.attribution import Attribution
+from torch_simu.cli.loading import DELTAS, Loading, quiet_transformers
+from torch_simu.cli.measuring import Measuring
 from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
@@ -19,13 +21,12 @@ from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
-from torch_simu.unlearning.metrics.evaluate import evaluate
 from torch_simu.unlearning.metrics.lume import lume_suite
 from torch_simu.unlearning.metrics.tofu import tofu_suite
-from torch_simu.unlearning.progress import Progress
-from torch_simu.unlearning.report.folder import check_writable, whole_folder
-from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
-from torch_simu.unlearning.report.report import Measures, MethodResult, Report, write_json, write_log
+from torch_simu.unlearning.progress import Progress, part_of
+from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
+from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
+from torch_simu.unlearning.report.report import MethodResult, Report, bargain, write_json, write_log
 
 Sources = Mapping[str, str]
 """Set -> its file or data set; "forget" and "retain" are always there."""
@@ -37,77 +38,91 @@ def unlearn_job(
     out: Path,
     config: UnlearnConfig,
     *,
-    max_length: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    load_in: str | None = None,
+    loading: Loading | None = None,
+    measuring: Measuring | None = None,
     force: bool = False,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
     The run is checkpointed in `OUT.run` beside it; called again after a kill, it goes on from there. Of a quantized
     model (`load_in` "8bit" or "4bit") the untouched base is written, and the deltas beside it.
 
+    Args:
+        model: Folder of the model and its tokenizer.
+        sets: Set -> its rows.
+        out: A new folder for the results.
+        config: Every choice of the run.
+        loading: How the model is loaded.
+        measuring: How the sets are measured.
+        force: Replace an older result at `out`.
+        progress: Told of each stage.
+
+    Returns:
+        The report; `Report.reached` says whether the forget target was reached.
+
     Raises:
         ValueError: If a file, a row or an option is wrong, or a loss is not finite.
-        OSError: If `out` exists and `force` is not given, or cannot be written.
+        OSError: If `out` exists and `force` is not given, holds an input, or cannot be written, or another process is
+            working on it.
+        ImportError: If matplotlib is not installed.
     """
-    check_writable(out, force=force)
+    loading, measuring = loading or Loading(), measuring or Measuring()
+    check_writable(out, force=force, inputs=[model, *sets.values()])
+    check_plots()
+    if loading.load_in is not None and config.where in ("all", "attention"):
+        wrong = f"Method {config.method!r} trains whole weights, and load_in is {loading.load_in!r}"
+        raise ValueError(problem(wrong, "a method that trains neurons", "Or leave the model unquantized."))
     rows = _rows(sets)
-    net, tokenizer = load_model(
-        model, dtype=dtype, device=device, load_in=load_in, float_attention=config.attention == "full"
-    )
-    examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
-    before = MethodResult(_measures(net, tokenizer, rows, max_length, progress, "evaluate before"))
-    kept = {name: part for name, part in examples.items() if name != "forget"}
-    checkpoint = out.with_name(out.name + ".run")
-    done = unlearn(
-        net,
-        examples["forget"],
-        examples["retain"],
-        config=config,
-        monitor=kept,
-        pad_id=pad_id(tokenizer),
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    after = MethodResult(
-        _measures(net, tokenizer, rows, max_length, progress, "evaluate after"),
-        done.changed_share,
-        done.optimizer_bytes,
-        done.seconds,
-        done.steps,
-    )
-    goal = f"a mean forget probability of {config.forget_target}"
-    reached = (
-        f"Reached {goal} after {done.steps} steps." if done.reached else f"Did NOT reach {goal} in {done.steps} steps."
-    )
-    title = f"torch-simu unlearn: {config.method}"
-    report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), [reached])
-    with whole_folder(out, force=force) as folder:
-        if attached_layers(net):
-            # The base stays what it was; its deltas go beside it.
-            save_deltas(net, folder / DELTAS)
-            detach_deltas(net)
-        with quiet_transformers():
-            net.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        plots = ["forgetting.png"]
-        start = {name: before.sets[name]["em"] for name in kept}
-        start["forget_probability"] = before.sets["forget"]["probability"]
-        plot_curves(
-            {config.method: done.log}, folder / plots[0], sets=list(kept), start=start, target=config.forget_target
+    with locked(out):
+        net, tokenizer = loading.load(model, float_attention=config.attention == "full")
+        _check_saves(net)
+        examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
+        before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress))
+        kept = {name: part for name, part in examples.items() if name != "forget"}
+        checkpoint = out.with_name(out.name + ".run")
+        done = unlearn(
+            net,
+            examples["forget"],
+            examples["retain"],
+            config=config,
+            monitor=kept,
+            pad_id=pad_id(tokenizer),
+            checkpoint=checkpoint,
+            progress=progress,
         )
-        if done.selection is not None:
-            done.selection.save(folder / "selection.safetensors")
-        if done.attribution is not None:
-            done.attribution.save(folder / "attribution.safetensors")
-            plot_attribution(done.attribution, folder / "attribution.png")
-            plots.append("attribution.png")
-        write_log(folder / "steps.jsonl", done.log)
-        report.save(folder, plots)
-    shutil.rmtree(checkpoint)
+        after = MethodResult(
+            measuring.measures(net, tokenizer, rows, "evaluate after", progress),
+            done.changed_share,
+            done.optimizer_bytes,
+            done.seconds,
+            done.steps,
+        )
+        report = Report(
+            f"torch-simu unlearn: {config.method}",
+            config.seed,
+            {"before": before, config.method: after},
+            config.to_json(),
+            bargain(before, after, config.forget_target, reached=done.reached),
+            reached=done.reached,
+        )
+        with whole_folder(out, force=force) as folder:
+            _save_model(net, tokenizer, folder)
+            plots = ["forgetting.png"]
+            start = {name: before.sets[name]["em"] for name in kept}
+            start["forget_probability"] = before.sets["forget"]["probability"]
+            plot_curves(
+                {config.method: done.log}, folder / plots[0], sets=list(kept), start=start, target=config.forget_target
+            )
+            if done.selection is not None:
+                done.selection.save(folder / "selection.safetensors")
+            if done.attribution is not None:
+                done.attribution.save(folder / "attribution.safetensors")
+                plot_attribution(done.attribution, folder / "attribution.png")
+                plots.append("attribution.png")
+            write_log(folder / "steps.jsonl", done.log)
+            report.save(folder, plots)
+        remove_folder(checkpoint)
     return report
 
 
@@ -118,11 +133,10 @@ def attribute_job(
     out: Path,
     config: UnlearnConfig,
     *,
+    loading: Loading | None = None,
     max_length: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
     force: bool = False,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> NeuronSelection:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
@@ -130,30 +144,36 @@ def attribute_job(
         ValueError: If a file, a row or an option is wrong, or the rule "contrast" has no retain set.
         OSError: If `out` exists and `force` is not given, or cannot be written.
     """
-    check_writable(out, force=force)
+    check_writable(out, force=force, inputs=[model, forget, *([] if retain is None else [retain])])
+    check_plots()
     if config.rule == "contrast" and retain is None:
         raise ValueError(problem("rule is 'contrast' without a retain set", "--retain", "Or take --rule top."))
     rows = _rows({"forget": forget} | ({} if retain is None else {"retain": retain}))
-    net, tokenizer = load_model(model, dtype=dtype, device=device)
-    examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
-    selection, attribution = choose_neurons(
-        net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer), progress=progress
-    )
-    with whole_folder(out, force=force) as folder:
-        selection.save(folder / "selection.safetensors")
-        attribution.save(folder / "attribution.safetensors")
-        plot_attribution(attribution, folder / "attribution.png")
-        layers = {
-            layer: {
-                "selected": len(selection[layer]),
-                "num_neurons": selection.num_neurons[layer],
-                "largest_score": attribution.scores[layer].max().item(),
-                "completeness_error": float(attribution.completeness_error[layer]),
-            }
-            for layer in selection
-        }
-        write_json(folder / "attribution.json", {"provenance": dict(attribution.provenance), "layers": layers})
+    with locked(out):
+        net, tokenizer = (loading or Loading()).load(model)
+        examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
+        selection, attribution = choose_neurons(
+            net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer), progress=progress
+        )
+        with whole_folder(out, force=force) as folder:
+            _save_scores(selection, attribution, folder)
     return selection
+
+
+def _save_scores(selection: NeuronSelection, attribution: Attribution, folder: Path) -> None:
+    selection.save(folder / "selection.safetensors")
+    attribution.save(folder / "attribution.safetensors")
+    plot_attribution(attribution, folder / "attribution.png")
+    layers = {
+        layer: {
+            "selected": len(selection[layer]),
+            "num_neurons": selection.num_neurons[layer],
+            "largest_score": attribution.scores[layer].max().item(),
+            "completeness_error": float(attribution.completeness_error[layer]),
+        }
+        for layer in selection
+    }
+    write_json(folder / "attribution.json", {"provenance": dict(attribution.provenance), "layers": layers})
 
 
 def evaluate_job(
@@ -163,13 +183,10 @@ def evaluate_job(
     reference: str | None = None,
     suite: str | None = None,
     out: Path | None = None,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
+    loading: Loading | None = None,
+    measuring: Measuring | None = None,
     force: bool = False,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> tuple[Report, dict[str, float]]:
     """Measure a model, beside a reference if there is one, and by a benchmark's suite if one is named.
 
@@ -182,38 +199,30 @@ def evaluate_job(
     """
     if suite is not None:
         check_choice("suite", suite, ("tofu", "lume"))
-    if out is not None and out.exists() and not force:
-        raise FileExistsError(problem(f"File {str(out)!r} exists", "a new file", "Use --force to replace it."))
+    loading, measuring = loading or Loading(), measuring or Measuring()
+    if out is not None:
+        check_new_file(out, force=force, inputs=[model, *sets.values()])
     rows = _rows(sets)
     methods: dict[str, MethodResult] = {}
     suites: dict[str, dict[str, object]] = {}
     # The reference comes first: TOFU's forget quality compares the model with it.
     named = ({} if reference is None else {"reference": reference}) | {"model": model}
     for name, source in named.items():
-        net, tokenizer = load_model(source, dtype=dtype, device=device)
-        stage = f"evaluate {name}"
-        methods[name] = MethodResult(_measures(net, tokenizer, rows, max_length, progress, stage, max_new_tokens))
+        net, tokenizer = loading.load(source)
+        methods[name] = MethodResult(measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress))
         if suite is None:
             continue
 
-        def tell(done: int, total: int, stage: str = f"{suite} {name}") -> None:
-            progress(stage, done, total)
-
+        options = {
+            "batch_size": measuring.batch_size,
+            "progress": part_of(progress, f"{suite} {name}"),
+            **({} if measuring.max_new_tokens is None else {"max_new_tokens": measuring.max_new_tokens}),
+        }
         if suite == "lume":
-            suites[name] = lume_suite(
-                net, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens or 256, progress=tell
-            )
+            suites[name] = lume_suite(net, tokenizer, rows, **options)
         else:
             ratios = cast("Mapping[str, list[float]] | None", suites.get("reference", {}).get("log_truth_ratios"))
-            suites[name] = tofu_suite(
-                net,
-                tokenizer,
-                rows,
-                reference=ratios,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens or 200,
-                progress=tell,
-            )
+            suites[name] = tofu_suite(net, tokenizer, rows, reference=ratios, **options)
     report = Report("torch-simu evaluate", 0, methods, {"sets": dict(sets), "suite": suite})
     figures = _headlines(suites.get("model", {}))
     if out is not None:
@@ -228,28 +237,27 @@ def _rows(sets: Sources) -> dict[str, list[Row]]:
     return rows
 
 
-def _measures(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Mapping[str, list[Row]],
-    max_length: int | None,
-    progress: Progress,
-    stage: str,
-    max_new_tokens: int | None = None,
-) -> dict[str, Measures]:
-    total = 2 * sum(map(len, rows.values()))
-    before = 0
-    measures: dict[str, Measures] = {}
-    for name, part in rows.items():
+def _check_saves(model: PreTrainedModel) -> None:
+    """Raise before the work begins when the model could not be written after it."""
+    if model.generation_config is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            wrong = f"The generation configuration of the model cannot be saved ({reason})"
+            raise ValueError(problem(wrong, "a valid one", "Mend its generation_config.json.")) from error
 
-        def tell(done: int, _: int, before: int = before) -> None:
-            progress(stage, before + done, total)
 
-        measures[name] = evaluate(
-            model, tokenizer, part, rouge=False, max_length=max_length, max_new_tokens=max_new_tokens, progress=tell
-        ).means
-        before += 2 * len(part)
-    return measures
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    if attached_layers(model):
+        # The base stays what it was; its deltas go beside it.
+        save_deltas(model, folder / DELTAS)
+        detach_deltas(model)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _headlines(suite: Mapping[str, object]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,6 +92,27 @@ def load_model(
     if (deltas := folder / DELTAS).is_file():
         load_deltas(model, deltas)
     return model.eval(), tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How the models of a job are loaded.
+
+    Args:
+        dtype: As in `load_model`, like the others.
+        device: Where the model goes.
+        load_in: Codes of bitsandbytes.
+    """
+
+    dtype: str = "auto"
+    device: str | None = None
+    load_in: str | None = None
+
+    def load(self, source: str, *, float_attention: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load a model and its tokenizer; arguments and errors as `load_model`."""
+        return load_model(
+            source, dtype=self.dtype, device=self.device, load_in=self.load_in, float_attention=float_attention
+        )
 
 
 def _check_whole(source: str, found: Mapping[str, Collection[Any]]) -> None:

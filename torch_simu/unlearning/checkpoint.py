@@ -20,6 +20,7 @@ from torch_simu.neurons import NeuronSelection
 
 _KIND = "UnlearningRun"
 _FILE = "run.safetensors"
+_MARK = "fingerprint.txt"
 _COUNTERS = (bool, int, float)
 
 Record = dict[str, Any]
@@ -57,7 +58,11 @@ class RunCheckpoint:
             ValueError: If the folder belongs to another run or holds something else.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        mark = folder / "fingerprint.txt"
+        mark = folder / _MARK
+        # A process that was killed while it wrote leaves the beginning of a file under a hidden name.
+        for unfinished in folder.glob(".*.*"):
+            if unfinished.is_file():
+                unfinished.unlink()
         if not mark.exists() and any(folder.iterdir()):
             raise ValueError(problem(f"Folder {str(folder)!r} is not empty and holds no run", "an empty folder"))
         if mark.exists() and mark.read_text().strip() != fingerprint:
@@ -66,6 +71,12 @@ class RunCheckpoint:
         with replacing(mark) as temporary:
             temporary.write_text(fingerprint)
         return cls(folder, fingerprint)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder where nothing of the run was written yet, so that a corrected call is not in its way."""
+        if [path.name for path in self.folder.iterdir()] == [_MARK]:
+            (self.folder / _MARK).unlink()
+            self.folder.rmdir()
 
     def save_localized(self, selection: NeuronSelection, attribution: Attribution) -> None:
         """Write the result of the first step."""

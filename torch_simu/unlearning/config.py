@@ -57,6 +57,7 @@ class UnlearnConfig:
         forget_batch_size: Forget rows per step.
         retain_batch_size: Retain rows per step.
         hessian_batch_size: Retain rows per refresh.
+        eval_batch_size: Rows per forward pass of the measurements between steps.
         max_steps: Steps at most.
         forget_target: Stop when the mean probability of the forget answers is at most this; None: never.
         eval_interval: Steps between two measurements of that probability.
@@ -94,6 +95,7 @@ class UnlearnConfig:
     forget_batch_size: int = 16
     retain_batch_size: int = 16
     hessian_batch_size: int = 16
+    eval_batch_size: int = 128
     max_steps: int = 200
     forget_target: float | None = 0.1
     eval_interval: int = 1

@@ -25,8 +25,6 @@ from torch_simu.unlearning.progress import Progress
 from torch_simu.unlearning.refresh import Refresh
 from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
 
-_EVAL_BATCH = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Unlearned:
@@ -102,9 +100,9 @@ def unlearn(
     objective = objective or make_objective(config.objective, retain_weight=config.retain_weight)
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0
+    saved = None
     try:
         with mode(model, training=False):
-            saved = None
             if checkpoint is not None:
                 run = _fingerprint(model, forget, retain, config, objective, selection)
                 saved = RunCheckpoint.open(Path(checkpoint), run)
@@ -122,12 +120,12 @@ def unlearn(
                 record = take_step(model, optimizer, objective, stream, refresh, number)
                 last = number + 1 == config.max_steps
                 if (number + 1) % config.eval_interval == 0 or last:
-                    scores = score_answers(model, forget, batch_size=_EVAL_BATCH, pad_id=pad_id)
+                    scores = score_answers(model, forget, batch_size=config.eval_batch_size, pad_id=pad_id)
                     record["forget_probability"] = _mean(scores["probability"])
                     reached = _reached(record, config)
                 if monitor and ((number + 1) % config.monitor_interval == 0 or reached or last):
                     before = time.perf_counter()
-                    record["monitor"] = _monitored(model, monitor, pad_id)
+                    record["monitor"] = _monitored(model, monitor, config.eval_batch_size, pad_id)
                     measuring += time.perf_counter() - before
                 log.append(record)
                 if saved is not None and ((number + 1) % config.checkpoint_interval == 0 or reached or last):
@@ -135,6 +133,10 @@ def unlearn(
                 if progress is not None:
                     note = f"forget probability {record.get('forget_probability', math.nan):.3f}"
                     progress("unlearn", number + 1, config.max_steps, note)
+    except (ValueError, TypeError, KeyError):
+        if saved is not None:
+            saved.remove_if_empty()
+        raise
     finally:
         for param, flag in flags:
             param.requires_grad_(flag)
@@ -167,10 +169,12 @@ def _reached(record: Record, config: UnlearnConfig) -> bool:
     return target is not None and record.get("forget_probability", math.inf) <= target
 
 
-def _monitored(model: PreTrainedModel, monitor: Mapping[str, Sequence[Example]], pad_id: int) -> Record:
+def _monitored(
+    model: PreTrainedModel, monitor: Mapping[str, Sequence[Example]], batch_size: int, pad_id: int
+) -> Record:
     measured: Record = {}
     for name, examples in monitor.items():
-        scores = score_answers(model, examples, batch_size=_EVAL_BATCH, pad_id=pad_id)
+        scores = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id)
         measured[name] = {key: _mean(scores[key]) for key in ("em", "es", "probability")}
     return measured
 
@@ -192,7 +196,7 @@ def _fingerprint(
     choices = {
         name: value
         for name, value in config.to_json().items()
-        if name not in ("max_steps", "forget_target", "eval_interval", "monitor_interval", "checkpoint_interval")
+        if name not in ("max_steps", "forget_target") and not name.startswith(("eval_", "monitor_", "checkpoint_"))
     }
     data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
     return fingerprint(

@@ -26,7 +26,7 @@ from torch_simu.unlearning.refresh import Refresh
 
 
 class NonFiniteLossError(ValueError):
-    """The loss of a step is not finite, so the run stopped before it could change a weight."""
+    """The loss or the gradient of a step is not finite, so the run stopped before it could change a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,17 @@ def take_step(
     if not math.isfinite(record["loss"]):
         wrong = f"The loss of step {number + 1} is {record['loss']}"
         raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {stream.config.lr:g})."))
+    _check_gradients(optimizer, number, stream.config.lr)
     optimizer.step()
     optimizer.zero_grad()
     if isinstance(optimizer, SIMUOptimizer) and refresh.after_step(model, optimizer, number):
         record["refreshed"] = True
     return record
+
+
+def _check_gradients(optimizer: Optimizer, number: int, lr: float) -> None:
+    """Raise before a step whose gradients are not finite: most optimizers would write them into the weights."""
+    grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    if grads and not torch.nn.utils.get_total_norm(grads).isfinite():
+        wrong = f"The gradient of step {number + 1} is not finite"
+        raise NonFiniteLossError(problem(wrong, "finite numbers", f"Lower lr (it is {lr:g}), or load in bfloat16."))

@@ -1,30 +1,53 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all, and that nothing of the user's is lost to."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch_simu._checks import problem
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover (Windows has no such locks: two processes on one folder are not seen there)
+    fcntl = None  # type: ignore[assignment]
 
-def check_writable(folder: Path, *, force: bool) -> None:
-    """Raise before the work begins when its result could not be written.
+_REPORTS = ("report.json", "attribution.json")
+
+
+def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise before the work begins when its result could not be written, or would replace something of the user's.
+
+    Args:
+        folder: Where the result goes.
+        force: Replace what is there, if this package wrote it.
+        inputs: What the work reads; names that are no files or folders are passed over.
 
     Raises:
-        FileExistsError: If `folder` exists and `force` is not given.
+        FileExistsError: If `folder` exists and `force` is not given, holds an input, or was not written by this package.
         NotADirectoryError: If `folder` is a file, or lies in one.
         PermissionError: If the parent folder cannot be written to.
     """
     if folder.is_file():
         raise NotADirectoryError(problem(f"{str(folder)!r} is a file", "a folder"))
-    if folder.exists() and any(folder.iterdir()) and not force:
-        wrong = f"Folder {str(folder)!r} exists and is not empty"
-        raise FileExistsError(problem(wrong, "a new folder", "Use --force to replace it."))
+    place = folder.resolve()
+    for each in inputs:
+        path = Path(each).resolve()
+        if each and path.exists() and (path == place or place in path.parents):
+            wrong = f"Folder {str(folder)!r} holds {str(each)!r}, which is read"
+            raise FileExistsError(problem(wrong, "a folder of its own for the result", "Give another --out."))
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            wrong = f"Folder {str(folder)!r} exists and is not empty"
+            raise FileExistsError(problem(wrong, "a new folder", "Use --force to replace it."))
+        if not _is_ours(folder):
+            wrong = f"Folder {str(folder)!r} holds something else than a result of torch-simu"
+            raise FileExistsError(problem(wrong, "a result, which --force may replace", "Remove it by hand."))
     parent = folder.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -32,6 +55,63 @@ def check_writable(folder: Path, *, force: bool) -> None:
         raise NotADirectoryError(problem(f"{str(parent)!r} is no folder", "a folder to write in"))
     if not os.access(parent, os.W_OK):
         raise PermissionError(problem(f"Folder {str(parent)!r} is read-only", "a folder to write in"))
+
+
+def check_new_file(path: Path, *, force: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise before the work begins when a file could not be written, or would replace something of the user's.
+
+    Args:
+        path: Where the file goes.
+        force: Replace what is there.
+        inputs: What the work reads.
+
+    Raises:
+        FileExistsError: If `path` exists and `force` is not given, or is an input.
+        IsADirectoryError: If `path` is a folder.
+        FileNotFoundError: If its folder does not exist.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(problem(f"{str(path)!r} is a folder", "the name of a file"))
+    if path.exists() and not force:
+        raise FileExistsError(problem(f"File {str(path)!r} exists", "a new file", "Use --force to replace it."))
+    if any(Path(each).resolve() == path.resolve() for each in inputs if each):
+        raise FileExistsError(problem(f"File {str(path)!r} is read", "a file of its own", "Give another --out."))
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(problem(f"The folder of {str(path)!r} does not exist", "an existing folder"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes off a result while it is made, and clear away what a killed one left beside it.
+
+    A result that a killed process had set aside, to put a new one in its place, is put back.
+
+    Raises:
+        BlockingIOError: If another process is at it.
+    """
+    folder = folder.absolute()
+    made = [each for each in (folder.parent, *folder.parent.parents) if not each.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("ab") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                # Its holder ended, and took the name away, between the two calls.
+                raise BlockingIOError
+        except BlockingIOError:
+            wrong = f"Another process is working on {str(folder)!r}"
+            raise BlockingIOError(problem(wrong, "one at a time", "Wait for it, or give another --out.")) from None
+        try:
+            _clear(folder)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            for each in made:
+                # A call that wrote nothing leaves no folders behind either.
+                if each.is_dir() and not any(each.iterdir()):
+                    each.rmdir()
 
 
 @contextmanager
@@ -67,3 +147,31 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is gone at once: under its name it is never seen half removed."""
+    aside = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name.removesuffix('.run')}."))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the temporary folders of killed processes; what they had set aside comes back first."""
+    leftovers = [each for each in folder.parent.glob(f".{folder.name}.*") if each.is_dir()]
+    for old in leftovers:
+        if old.name.endswith(".old") and not folder.exists():
+            old.rename(folder)
+    for each in leftovers:
+        shutil.rmtree(each, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    for name in _REPORTS:
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and ({"title", "methods"} <= content.keys() or "provenance" in content):
+            return True
+    return False

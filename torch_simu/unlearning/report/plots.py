@@ -87,6 +87,15 @@ def plot_curves(
     figure.savefig(path, dpi=130)
 
 
+def check_plots() -> None:
+    """Raise before the work begins when nothing could be drawn after it.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float) -> Figure:
     try:
         # The object interface leaves the user's backend and open figures alone.

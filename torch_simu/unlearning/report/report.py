@@ -58,6 +58,7 @@ class Report:
         methods: Name -> result, in the order of the table.
         settings: Choices to record beside the results.
         notes: Sentences below the table.
+        reached: Whether the forget target was reached; None where there was none.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Report:
     methods: Mapping[str, MethodResult]
     settings: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    reached: bool | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON knows it."""
@@ -75,6 +77,7 @@ class Report:
             "methods": {name: result.to_json() for name, result in self.methods.items()},
             "settings": dict(self.settings),
             "notes": list(self.notes),
+            **({} if self.reached is None else {"reached": self.reached}),
         }
 
     def header(self) -> list[str]:
@@ -120,6 +123,33 @@ class Report:
         write_json(folder / "report.json", self.to_json())
         with replacing(folder / "report.md") as temporary:
             temporary.write_text(self.to_markdown(plots), encoding="utf-8")
+
+
+def bargain(before: MethodResult, after: MethodResult, target: float | None, *, reached: bool) -> list[str]:
+    """Say in sentences what was forgotten, and what it cost.
+
+    Args:
+        before: The measures before, "forget" among the sets.
+        after: Those after.
+        target: The mean forget probability that was wanted; None: none was.
+        reached: Whether it was reached.
+
+    Examples:
+        >>> row = {"em": 1.0, "es": 1.0, "probability": 0.9, "qa_exact_match": 1.0}
+        >>> worse = {**row, "qa_exact_match": 0.8}
+        >>> bargain(MethodResult({"forget": row, "retain": row}), MethodResult({"forget": row, "retain": worse}), 0.1,
+        ...         reached=False)[1]
+        'Kept of retain: EM 1.000 -> 1.000, ES 1.000 -> 1.000, prob. 0.900 -> 0.900, QA 1.000 -> 0.800.'
+    """
+    goal = f"a mean forget probability of {target}"
+    first = f"Reached {goal} after {after.steps} steps." if reached else f"Did NOT reach {goal} in {after.steps} steps."
+    notes = [f"Made {after.steps} steps." if target is None else first]
+    for name, measures in before.sets.items():
+        if name != "forget":
+            pairs = zip(_TITLES, MEASURES, strict=True)
+            moves = [f"{title} {measures[key]:.3f} -> {after.sets[name][key]:.3f}" for title, key in pairs]
+            notes.append(f"Kept of {name}: {', '.join(moves)}.")
+    return notes
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,0 +1,64 @@
+"""Measuring: how the sets of a job are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_simu._checks import check_count
+from torch_simu.unlearning.data.rows import Row
+from torch_simu.unlearning.metrics.evaluate import evaluate
+from torch_simu.unlearning.progress import Progress, part_of
+from torch_simu.unlearning.report.report import Measures
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """How the sets of a job are measured.
+
+    Args:
+        batch_size: Rows per forward pass and per call of `generate`.
+        max_length: Largest number of tokens of prompt and answer; a longer prompt loses its beginning.
+        max_new_tokens: Longest generation; None: as the longest answer, and as a suite has it.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    batch_size: int = 16
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
+        for name in ("max_length", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+    def measures(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Mapping[str, Sequence[Row]],
+        stage: str,
+        progress: Progress | None = None,
+    ) -> dict[str, Measures]:
+        """Return what a model knows of each set, told as one stage."""
+        # A row counts twice: it is scored, and generated.
+        total, done = 2 * sum(map(len, rows.values())), 0
+        found: dict[str, Measures] = {}
+        for name, part in rows.items():
+            found[name] = evaluate(
+                model,
+                tokenizer,
+                part,
+                rouge=False,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                max_new_tokens=self.max_new_tokens,
+                progress=part_of(progress, stage, done, total),
+            ).means
+            done += 2 * len(part)
+        return found
