@@ -34,7 +34,10 @@ def _application() -> typer.Typer:
 
 app = _application()
 
-_Data = "JSON Lines with question/answer, prompt/response or input/output; or a Hugging Face data set, NAME:SPLIT"
+_Data = (
+    "JSON Lines with question/answer, prompt/response, instruction/output, input/output, messages or text; or a "
+    "Hugging Face data set, NAME:CONFIG:SPLIT"
+)
 Model = Annotated[str, typer.Option(help="Folder of the model and its tokenizer.")]
 Forget = Annotated[str, typer.Option(help=f"Rows to forget: {_Data}.")]
 Retain = Annotated[str, typer.Option(help="Rows to keep, in the same formats.")]

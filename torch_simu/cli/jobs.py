@@ -68,7 +68,7 @@ def unlearn_job(
         examples["retain"],
         config=config,
         monitor=kept,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, net),
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -137,7 +137,7 @@ def attribute_job(
     net, tokenizer = load_model(model, dtype=dtype, device=device)
     examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
     selection, attribution = choose_neurons(
-        net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer), progress=progress
+        net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer, net), progress=progress
     )
     with whole_folder(out, force=force) as folder:
         selection.save(folder / "selection.safetensors")

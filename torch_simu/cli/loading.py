@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,10 +69,6 @@ def load_model(
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip() or "-").splitlines()[0]
             raise ValueError(problem(f"Model {source!r} cannot be loaded ({reason})", "safetensors weights")) from error
-    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > vocabulary:
-        wrong = f"The tokenizer of {source!r} has {len(tokenizer)} tokens and the model {vocabulary} embeddings"
-        raise ValueError(problem(wrong, "a tokenizer of this model"))
     if getattr(model, "hf_quantizer", None) is None:
         nn.Module.to(model, place)
     keep_codes_as_loaded(model)

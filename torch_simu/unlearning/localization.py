@@ -16,6 +16,7 @@ from torch_simu.unlearning.checkpoint import RunCheckpoint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import batches_in_order
 from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.progress import Progress
 
 
@@ -45,6 +46,8 @@ def choose_neurons(
     """
 
     def scores(stage: str, examples: Sequence[Example]) -> Attribution:
+        check_fits(model, examples)
+
         def tell(done: int, total: int) -> None:
             if progress is not None:
                 progress(stage, done, total)

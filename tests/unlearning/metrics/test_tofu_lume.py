@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from tests.language import ROWS, memorizing_model, tiny_model, word_tokenizer
+from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode
-from torch_simu.unlearning.data.rows import DataError, Row, check_disjoint, load_rows
+from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean
 from torch_simu.unlearning.metrics.lume import knows, lume_suite, row_kind, task_aggregate
 from torch_simu.unlearning.metrics.scoring import score_answers

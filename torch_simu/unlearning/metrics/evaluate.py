@@ -57,7 +57,8 @@ def evaluate(
     Teacher-forced, over the answer's tokens and its end token: "probability" `exp(-mean nll)`, "em" (exact
     memorization), "es" (extraction strength) and "nll"; see `torch_simu.unlearning.metrics.scoring`. Of the text that
     the model generates greedily: "qa_exact_match" (it is the answer), "qa_containment" (the answer is in it), both
-    after `torch_simu.unlearning.metrics.generation.normalized`, and "rouge_l_recall".
+    after `torch_simu.unlearning.metrics.generation.normalized`, and "rouge_l_recall". Of a row with several answers the
+    first is teacher-forced, and the generated text is compared with each: the best counts.
 
     Args:
         model: A causal language model; its training flags are restored.
@@ -73,7 +74,7 @@ def evaluate(
 
     Raises:
         ValueError: If there is no row, or `batch_size` or `max_new_tokens` is not positive.
-        DataError: If a row cannot be encoded.
+        DataError: If a row cannot be encoded, or does not fit into the model.
         ImportError: If ROUGE is asked for without the package `rouge-score`.
 
     Examples:
@@ -92,7 +93,7 @@ def evaluate(
     examples = encode(rows, tokenizer, max_length=max_length, template=template)
     total = len(rows) * (2 if generate else 1)
     values = score_answers(
-        model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer), progress=part_of(progress, 0, total)
+        model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=part_of(progress, 0, total)
     )
     if not generate:
         return Scores(values)
@@ -104,12 +105,12 @@ def evaluate(
         batch_size=batch_size,
         progress=part_of(progress, len(rows), total),
     )
-    answers = [row.answer for row in rows]
-    pairs = list(zip(generations, answers, strict=True))
-    values["qa_exact_match"] = [float(equals_answer(text, answer)) for text, answer in pairs]
-    values["qa_containment"] = [float(contains_answer(text, answer)) for text, answer in pairs]
+    pairs = list(zip(generations, [row.answers for row in rows], strict=True))
+    values["qa_exact_match"] = [float(any(equals_answer(text, one) for one in answers)) for text, answers in pairs]
+    values["qa_containment"] = [float(any(contains_answer(text, one) for one in answers)) for text, answers in pairs]
     if rouge:
-        values["rouge_l_recall"] = rouge_l_recall(generations, answers)
+        recalls = iter(rouge_l_recall(*zip(*((text, one) for text, answers in pairs for one in answers), strict=True)))
+        values["rouge_l_recall"] = [max(next(recalls) for _ in answers) for _, answers in pairs]
     return Scores(values, tuple(generations))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_simu._checks import check_count, problem
 from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.metrics.scoring import Progress, evaluating
 
@@ -32,7 +33,8 @@ def generate_answers(
     """Let the model answer the prompt of each example, greedily and in batches.
 
     Prompts are padded on the left and masked, so that a row's answer does not depend on the rows beside it. It ends
-    before the first end token, the tokenizer's or one of `model.generation_config`.
+    before the first end token: the tokenizer's, one of `model.generation_config`, or the one that ends the scored
+    answers. Where a model's positions are bounded, a text ends with them at the latest.
 
     Args:
         model: A causal language model; its training flags are restored.
@@ -49,28 +51,34 @@ def generate_answers(
 
     Raises:
         ValueError: If there is no example or `max_new_tokens` is not positive.
+        DataError: If an example does not fit into the model.
     """
     if not examples:
         raise ValueError(problem("There is no example to answer", "at least one"))
+    check_fits(model, examples)
     longest = max(example.num_scored for example in examples)
     limit = longest if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens)
-    ends = _end_ids(model, tokenizer)
-    padding = pad_id(tokenizer)
-    # Without an end token, one that cannot be generated, because `generate` fills None from the model's own settings.
-    config = _greedy(limit, sorted(ends) or [model.config.get_text_config().vocab_size], padding)
+    ends = _end_ids(model, tokenizer, examples)
     hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | ends
+    padding = pad_id(tokenizer, model)
+    # Without an end token, one that cannot be generated, because `generate` fills None from the model's own settings.
+    stops = sorted(ends) or [model.config.get_text_config().vocab_size]
     texts = [""] * len(examples)
     device = next(model.parameters()).device
     generate = cast("Callable[..., Tensor]", model.generate)
     done = 0
     with evaluating(model):
-        for indices in batches_of_similar_length([len(example.prompt_ids) for example in examples], batch_size):
+        for new_tokens, indices in _batches(model, examples, limit, batch_size):
             prompts = [examples[index].prompt_ids for index in indices]
             width = max(map(len, prompts))
             input_ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             # The positions follow from the mask: `generate` counts its ones.
-            output = generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            output = generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=_greedy(new_tokens, stops, padding),
+            )
             for index, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 if max_new_tokens is None and not ends:
@@ -140,12 +148,29 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
     ]
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's and those of the model's generation settings."""
+def _batches(
+    model: PreTrainedModel, examples: Sequence[Example], limit: int, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of new tokens and the indices of each batch.
+
+    Rows of one batch have the same number, so that no row's text depends on the rows beside it: `limit`, or less where
+    fewer positions are left behind the prompt.
+    """
+    positions = num_positions(model)
+    rooms = [limit if positions is None else min(limit, positions - len(one.prompt_ids)) for one in examples]
+    for room in sorted(set(rooms)):
+        of_room = [index for index, other in enumerate(rooms) if other == room]
+        for batch in batches_of_similar_length([len(examples[index].prompt_ids) for index in of_room], batch_size):
+            yield room, [of_room[place] for place in batch]
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's, those of the model's settings, and of the chat template."""
     of_model = getattr(model.generation_config, "eos_token_id", None)
-    candidates = of_model if isinstance(of_model, list | tuple) else [of_model]
+    candidates = list(of_model) if isinstance(of_model, list | tuple) else [of_model]
     # Special tokens only: a small model may keep its config's default id, which is a word in its own vocabulary.
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
+    candidates += [example.input_ids[-1] for example in examples]
     ends = {tokenizer.eos_token_id, *(end for end in candidates if end in special)}
     return {end for end in ends if isinstance(end, int)}
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch_simu._checks import problem
+from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode
-from torch_simu.unlearning.data.rows import DataError, Row
+from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.evaluate import harmonic_mean, mean, part_of
 from torch_simu.unlearning.metrics.generation import generate_answers, rouge_l_recall
 from torch_simu.unlearning.metrics.scoring import Progress

@@ -23,6 +23,7 @@ from torch_simu._checks import problem
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example, collate
+from torch_simu.unlearning.data.fits import check_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,9 +149,11 @@ def score_answers(
 
     Raises:
         ValueError: If there is no example, or one has no scored position.
+        DataError: If an example does not fit into the model.
     """
     if not examples:
         raise ValueError(problem("There is no example to score", "at least one"))
+    check_fits(model, examples)
     measures = {"nll": mean_nll, "probability": probability, "em": exact_memorization, "es": extraction_strength}
     values = {name: [0.0] * len(examples) for name in measures}
     device = next(model.parameters()).device

@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch_simu._checks import check_choice, problem
+from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import Template, encode
-from torch_simu.unlearning.data.rows import DataError, Row
+from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean, part_of
 from torch_simu.unlearning.metrics.scoring import Progress, score_answers
@@ -236,6 +237,8 @@ def _option_nlls(
     right = [replace(row, answer=str(row.extra.get("paraphrased_answer") or row.answer)) for row in rows]
     wrong = [[replace(row, answer=text) for text in wrong_answers(row)] for row in rows]
     examples = encode([*right, *(option for options in wrong for option in options)], tokenizer, template=template)
-    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer), progress=progress)["nll"]
+    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=progress)[
+        "nll"
+    ]
     remaining = iter(nlls[len(rows) :])
     return nlls[: len(rows)], [[next(remaining) for _ in options] for options in wrong]
