@@ -1,4 +1,4 @@
-"""Rows load or fail in one line with their place; the answer alone is scored; a tokenizer is what lies beside its model."""
+"""Rows load or fail in one line with their place; of an encoded row the answer alone is scored."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.language import CHAT, ROWS, merging_tokenizer, tiny_model, word_tokenizer
+from tests.language import CHAT, ROWS, merging_tokenizer, word_tokenizer
 from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode, render
 from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows, rows_from_records
-from torch_simu.unlearning.data.tokenizer import load_tokenizer, pad_id
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
 
@@ -271,32 +270,3 @@ def test_text_without_a_token_is_refused():
 
 def test_no_rows_give_no_examples():
     assert encode([], word_tokenizer()) == []
-
-
-# Tokenizers
-
-
-def test_a_saved_tokenizer_is_loaded_from_the_model_folder(tmp_path):
-    tokenizer = word_tokenizer()
-    tiny_model(tokenizer).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert encode(ROWS, load_tokenizer(tmp_path)) == encode(ROWS, tokenizer)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_a_model_without_a_tokenizer_is_refused(tmp_path, family):
-    tiny_model(word_tokenizer(), family).save_pretrained(tmp_path)
-    with pytest.raises(
-        DataError, match=r"tokenizer .*, expected a model folder .* tokenizer\.save_pretrained"
-    ) as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_padding_uses_the_pad_token_then_the_end_token_then_zero():
-    tokenizer = word_tokenizer()
-    assert pad_id(tokenizer) == tokenizer.pad_token_id
-    tokenizer.pad_token = None
-    assert pad_id(tokenizer) == tokenizer.eos_token_id
-    tokenizer.eos_token = None
-    assert pad_id(tokenizer) == 0
