@@ -187,7 +187,14 @@ def test_generation_is_greedy_whatever_the_model_says_of_itself():
     tokenizer = word_tokenizer()
     model, plain = tiny_model(tokenizer), tiny_model(tokenizer)
     examples = encode(ROWS, tokenizer)
-    own = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3, "min_length": 30}
+    word = tokenizer.convert_tokens_to_ids("roses")
+    own = {
+        **{"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "num_beams": 3, "min_length": 30},
+        **{"forced_eos_token_id": word, "suppress_tokens": list(range(3, 12)), "begin_suppress_tokens": [4, 5]},
+        **{"bad_words_ids": [[word]], "sequence_bias": [[[word], 50.0]], "stop_strings": ["roses"], "max_time": 1e-9},
+        **{"guidance_scale": 3.0, "no_repeat_ngram_size": 1, "typical_p": 0.1, "encoder_repetition_penalty": 3.0},
+        **{"penalty_alpha": 0.9, "num_return_sequences": 2, "use_cache": False, "return_dict_in_generate": True},
+    }
     for name, value in own.items():
         setattr(model.generation_config, name, value)
     before = model.generation_config.to_dict()

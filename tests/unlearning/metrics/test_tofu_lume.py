@@ -22,13 +22,12 @@ from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean
 from torch_simu.unlearning.metrics.lume import knows, lume_suite, row_kind, task_aggregate
 from torch_simu.unlearning.metrics.scoring import score_answers
-from torch_simu.unlearning.metrics.tofu import (
+from torch_simu.unlearning.metrics.tofu import tofu_suite, wrong_answers
+from torch_simu.unlearning.metrics.truth_ratio import (
     forget_quality,
     log_truth_ratio,
     option_probability,
-    tofu_suite,
     truth_ratio_score,
-    wrong_answers,
 )
 
 DATA = Path(os.environ.get("TORCH_SIMU_DATA", Path(__file__).parents[4] / "shared" / "data"))

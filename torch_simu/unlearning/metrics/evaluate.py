@@ -10,7 +10,13 @@ from torch_simu._checks import problem
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.generation import contains_answer, equals_answer, generate_answers, rouge_l_recall
+from torch_simu.unlearning.metrics.generation import (
+    check_rouge,
+    contains_answer,
+    equals_answer,
+    generate_answers,
+    rouge_l_recall,
+)
 from torch_simu.unlearning.metrics.scoring import Progress, score_answers
 
 if TYPE_CHECKING:
@@ -90,6 +96,8 @@ def evaluate(
     """
     if not rows:
         raise ValueError(problem("There is no row to evaluate", "at least one"))
+    if generate and rouge:
+        check_rouge()
     examples = encode(rows, tokenizer, max_length=max_length, template=template)
     total = len(rows) * (2 if generate else 1)
     values = score_answers(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -61,13 +62,11 @@ def generate_answers(
     ends = _end_ids(model, tokenizer, examples)
     hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | ends
     padding = pad_id(tokenizer, model)
-    # Without an end token, one that cannot be generated, because `generate` fills None from the model's own settings.
-    stops = sorted(ends) or [model.config.get_text_config().vocab_size]
     texts = [""] * len(examples)
     device = next(model.parameters()).device
     generate = cast("Callable[..., Tensor]", model.generate)
     done = 0
-    with evaluating(model):
+    with evaluating(model), _without_own_settings(model):
         for new_tokens, indices in _batches(model, examples, limit, batch_size):
             prompts = [examples[index].prompt_ids for index in indices]
             width = max(map(len, prompts))
@@ -77,7 +76,7 @@ def generate_answers(
             output = generate(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_greedy(new_tokens, stops, padding),
+                generation_config=_greedy(new_tokens, ends, padding),
             )
             for index, ids in zip(indices, output[:, width:].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
@@ -126,6 +125,22 @@ def contains_answer(generated: str, answer: str) -> bool:
     return f" {normalized(answer)} " in f" {normalized(generated)} "
 
 
+def check_rouge() -> None:
+    """Raise if ROUGE cannot be measured, before the work whose texts it would measure.
+
+    Raises:
+        ImportError: If the package `rouge-score` is not installed.
+
+    Examples:
+        >>> check_rouge()
+    """
+    try:
+        import rouge_score.rouge_scorer  # type: ignore[import-untyped] # noqa: F401
+    except ImportError:
+        wrong = "The package 'rouge-score' is not installed"
+        raise ImportError(problem(wrong, "it for ROUGE-L", "Run: pip install rouge-score")) from None
+
+
 def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
     """Return, pair by pair, the share of the answer's stemmed words in the longest common subsequence, in [0, 1].
 
@@ -136,11 +151,9 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
         >>> rouge_l_recall(["she wrote two novels"], ["Jane wrote a novel"])
         [0.5]
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-    except ImportError:
-        wrong = "The package 'rouge-score' is not installed"
-        raise ImportError(problem(wrong, "it for ROUGE-L", "Run: pip install rouge-score")) from None
+    check_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         float(scorer.score(target=answer, prediction=text)["rougeL"].recall)
@@ -166,33 +179,39 @@ def _batches(
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
     """Return the ids that end an answer: the tokenizer's, those of the model's settings, and of the chat template."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    candidates = list(of_model) if isinstance(of_model, list | tuple) else [of_model]
+    candidates: list[object] = [example.input_ids[-1] for example in examples]
+    for settings in (model.generation_config, model.config.get_text_config()):
+        of_model = getattr(settings, "eos_token_id", None)
+        candidates += list(of_model) if isinstance(of_model, list | tuple) else [of_model]
     # Special tokens only: a small model may keep its config's default id, which is a word in its own vocabulary.
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
-    candidates += [example.input_ids[-1] for example in examples]
     ends = {tokenizer.eos_token_id, *(end for end in candidates if end in special)}
     return {end for end in ends if isinstance(end, int)}
 
 
-def _greedy(max_new_tokens: int, ends: list[int], padding: int) -> GenerationConfig:
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    # `generate` fills what a call leaves open from the model's own settings, which sample, penalize repetition, force
+    # or forbid tokens in many released models.
     from transformers import GenerationConfig
 
-    # Each value is written out, because `generate` fills what is left open from the model's own generation settings,
-    # which sample and penalize repetition in many released models.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _greedy(max_new_tokens: int, ends: Collection[int], padding: int) -> GenerationConfig:
+    from transformers import GenerationConfig
+
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
         do_sample=False,
         num_beams=1,
-        num_return_sequences=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         return_dict_in_generate=False,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=padding,
     )
 
