@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
-from torch_simu._files import load_tensors, save_tensors
+from torch_simu._files import load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
 
 _KIND = "AttributionCheckpoint"
@@ -23,17 +25,17 @@ _SECONDS = 10.0
 
 @dataclass(slots=True, eq=False)
 class Partial:
-    """Sums over the rows that are done.
+    """Sums over the sequences that are done.
 
     Attributes:
         scores: Layer -> sum. Shape of each: `(num_neurons,)`, float64.
-        delta: Layer -> completeness error.
-        num_rows: How many rows are done, in their order.
+        completeness_error: Layer -> sum of the scores minus the change of the objective.
+        num_sequences: How many sequences are done, in their order.
     """
 
     scores: dict[str, Tensor]
-    delta: dict[str, float]
-    num_rows: int = 0
+    completeness_error: dict[str, float]
+    num_sequences: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -41,12 +43,15 @@ class Checkpoint:
     """A file that holds the partial sums of one attribution.
 
     Args:
-        path: The file; None writes nothing.
+        path: The file; None writes nothing. A random key lies beside it.
         configuration: What must be equal for the sums to be continued.
+        data: A hash of the data, which must be equal, too. It is written under the key only: who has the file alone
+            cannot test guesses of the data by it.
     """
 
     path: str | Path | None
     configuration: Mapping[str, object]
+    data: str = ""
     _written: float = field(default_factory=time.monotonic)
 
     def load(self, fresh: Partial) -> Partial:
@@ -65,21 +70,43 @@ class Checkpoint:
             key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
             wrong = f"File {str(self.path)!r} was written with {key} {found.get(key)!r}"
             raise ValueError(problem(wrong, f"{expected.get(key)!r}", "Delete the file, or give another path."))
-        delta = cast("dict[str, float]", header["delta"])
-        return Partial({layer: tensors[layer] for layer in fresh.scores}, delta, cast("int", header["num_rows"]))
+        if not self._key.exists() or not hmac.compare_digest(str(header.get("data")), self._keyed_data()):
+            wrong = f"File {str(self.path)!r} was written for other data, or its key is gone"
+            raise ValueError(problem(wrong, "the same samples", "Delete the file, or give another path."))
+        return Partial(
+            {layer: tensors[layer] for layer in fresh.scores},
+            cast("dict[str, float]", header["completeness_error"]),
+            cast("int", header["num_sequences"]),
+        )
 
     def save(self, partial: Partial, *, now: bool = False) -> None:
         """Write the sums, whole or not at all; at most every ten seconds unless `now`."""
         if self.path is None or not (now or time.monotonic() - self._written >= _SECONDS):
             return
-        header = {"configuration": dict(self.configuration), "delta": partial.delta, "num_rows": partial.num_rows}
+        header = {
+            "configuration": dict(self.configuration),
+            "data": self._keyed_data(),
+            "completeness_error": partial.completeness_error,
+            "num_sequences": partial.num_sequences,
+        }
         save_tensors(self.path, _KIND, partial.scores, header)
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """Delete the file, because the attribution is complete."""
+        """Delete the file and its key, because the attribution is complete."""
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
+            self._key.unlink(missing_ok=True)
+
+    @property
+    def _key(self) -> Path:
+        return Path(f"{self.path}.key")
+
+    def _keyed_data(self) -> str:
+        if not self._key.exists():
+            with replacing(self._key) as temporary:
+                temporary.write_text(secrets.token_hex(32))
+        return hmac.new(self._key.read_bytes(), self.data.encode(), hashlib.sha256).hexdigest()
 
 
 def config_hash(model: nn.Module) -> str:

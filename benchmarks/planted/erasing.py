@@ -6,9 +6,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from planting import Planted, knowledge
 from transformers import PreTrainedModel
 
+from benchmarks.planted.planting import Planted, knowledge
 from torch_simu import NeuronSelection
 from torch_simu.layers import select_layers
 from torch_simu.unlearning.config import UnlearnConfig
@@ -22,6 +22,7 @@ ERASING = UnlearnConfig(
     lr=1e-3,
     rho=100.0,
     retain_weight=1.0,
+    hessian_interval=5,
     forget_batch_size=24,
     retain_batch_size=24,
     hessian_batch_size=24,

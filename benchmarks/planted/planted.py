@@ -1,8 +1,8 @@
 """Plant facts in known columns, then say how well each score finds them, and what a better mask is worth.
 
 Rules of selection are chosen on other seeds than the reported ones: `--seeds 10 11 12 --scores-only` writes them.
-Usage: python benchmarks/planted.py --seeds 0 1 2 3 4
-       python benchmarks/planted.py --plot docs/images/planted.png
+Usage: python -m benchmarks.planted.planted --seeds 0 1 2 3 4
+       python -m benchmarks.planted.planted --plot docs/images/planted.png
 """
 
 from __future__ import annotations
@@ -18,21 +18,16 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from column_scores import RULES, Scores, auc, every_score
-from erasing import ERASING, RELEARN_BATCH, RELEARN_LR, RELEARN_STEPS, erased, recovery, zeroed
-from planting import Planted, PlantingRecipe, knowledge, norm_ratio, plant
-from results import command, environment, write_result
 from torch import Tensor
 
+from benchmarks.planted.column_scores import RULES, Scores, auc, every_score
+from benchmarks.planted.erasing import ERASING, RELEARN_BATCH, RELEARN_LR, RELEARN_STEPS, erased, recovery, zeroed
+from benchmarks.planted.planting import Planted, PlantingRecipe, knowledge, norm_ratio, plant
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import NeuronSelection
 from torch_simu.attribution import Attribution
 
-RESULTS = Path(__file__).parent / "results"
 TUNING = RESULTS / "planted_tuning_cpu_202611.json"
-CLAIM = (
-    "Exact attribution finds planted columns with a mean AUC of at least 0.95 and better than every other method, and "
-    "a better mask forgets deeper: `verdict` says what of it holds."
-)
 SCORES = ("method", "objective", "rule")
 MASK_RULES = {"exact": ("exact", "prob", "contrast"), "gradient_activation": ("gradient_activation", "logprob", "raw")}
 """Found mask -> method, objective and rule: that of `Attribution.contrast`, and the best other score."""
@@ -196,19 +191,6 @@ def best_rules(summary: Sequence[Row]) -> list[Row]:
     return [{name: entry[name] for name in SCORES} for entry in best.values()]
 
 
-def verdict(summary: Sequence[Row]) -> Row:
-    """The largest mean AUC of exact attribution and of any other method, and whether the claim holds."""
-    best: dict[bool, tuple[float, list[object]]] = {}
-    for entry in summary:
-        if entry["kind"] == "scores":
-            found = entry["auc"]["mean"], [entry[name] for name in SCORES]
-            is_exact = entry["method"] == "exact"
-            best[is_exact] = max(best.get(is_exact, found), found, key=lambda pair: pair[0])
-    (ours, exact), (theirs, other) = best[True], best[False]
-    reached = {"reaches_0.95": ours >= 0.95, "beats_every_other": ours > theirs}
-    return {"exact": exact, "exact_auc": ours, "best_other": other, "best_other_auc": theirs, **reached}
-
-
 def rounded(value: object) -> object:
     """Numbers with five digits: more would be noise."""
     if isinstance(value, float):
@@ -227,7 +209,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the result file and do nothing else")
     options = parser.parse_args()
     if options.plot is not None:
-        from planted_plot import plot_planted
+        from benchmarks.planted.plot import plot_planted
 
         return plot_planted(
             json.loads(options.out.read_text()), json.loads(TUNING.read_text())["best_rules"], options.plot
@@ -246,14 +228,13 @@ def main() -> None:
         write_result(
             options.out,
             force=options.force or number > 0,
-            claim=CLAIM,
+            claim="planted",
             command=command(),
             environment=environment(),
             seeds=options.seeds[: number + 1],
             rows=rows,
             summary=[rounded(entry) for entry in summary],
             best_rules=best_rules(summary),
-            verdict=rounded(verdict(summary)),
             recipe=dataclasses.asdict(recipe) | {"path_steps": PATH_STEPS},
             erasing=ERASING.to_json(),
             relearning={"steps": RELEARN_STEPS, "lr": RELEARN_LR, "batch_size": RELEARN_BATCH},
