@@ -143,18 +143,22 @@ def test_a_row_has_the_same_tokens_on_every_day():
     assert prompt == "2024-07-26 Who?"
 
 
-def test_a_generated_answer_ends_where_the_template_ends_a_turn():
-    tokenizer = word_tokenizer(chat_template=CHAT.replace("<e>", "<|im_end|>"))
+@pytest.mark.parametrize("end", ["<|im_end|>", " Bob Bob Oslo"], ids=["a token", "words"])
+def test_a_generated_answer_ends_where_the_template_ends_a_turn(end):
+    tokenizer = word_tokenizer(chat_template=CHAT.replace("<e>", end))
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)], special_tokens=True)
     model = tiny_model(tokenizer)
     examples = encode(ROWS, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    assert all(tokenizer.decode(example.end_ids) == end.strip() for example in examples)
     batch = next(batches_in_order(examples, len(examples)))
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    assert generate_answers(model, tokenizer, examples, max_new_tokens=20) == [row.answer for row in ROWS]
+    for max_new_tokens in (None, 20):
+        texts = generate_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens)
+        assert texts == [row.answer for row in ROWS]
 
 
 def test_an_example_is_shown_with_its_scored_part_marked_and_nothing_that_a_terminal_obeys():

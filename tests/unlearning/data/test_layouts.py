@@ -129,3 +129,9 @@ def test_rows_that_differ_in_their_context_or_turns_are_disjoint():
     check_disjoint([Row("Who?", "Bob", turns=(Turn("system", "Be brief."),))], [Row("Who?", "Bob")])
     with pytest.raises(DataError, match=r"1 row is in both .* \('Ada lives in Rome'\)"):
         check_disjoint([only({"text": "Ada lives in Rome"})], [only({"text": "Ada lives  in rome"})])
+
+
+def test_rows_that_share_one_of_several_answers_are_not_disjoint():
+    one, other = (only({"question": "Who?", "answer": answers}) for answers in (["Bob", "Robert"], ["Rob", "robert"]))
+    with pytest.raises(DataError, match="1 row is in both"):
+        check_disjoint([one], [only({"question": "Who?", "answer": "Ada"}), other])

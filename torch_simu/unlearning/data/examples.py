@@ -30,6 +30,7 @@ class Example:
         input_ids: Token ids of prompt and answer.
         labels: The same ids where scored, -100 elsewhere. `labels[t]` is scored from the logits at `t - 1`.
         place: Where the row comes from, for errors; two examples are the same whatever it is.
+        num_end: How many of the last tokens end the answer and are no part of it, such as `<end_of_turn>`; likewise.
 
     Examples:
         >>> Example((5, 6, 7), (-100, 6, 7)).prompt_ids
@@ -39,6 +40,7 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     place: str = field(default="", compare=False)
+    num_end: int = field(default=0, compare=False)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -49,6 +51,11 @@ class Example:
     def num_scored(self) -> int:
         """How many positions are scored; they are the last ones."""
         return sum(label != IGNORED for label in self.labels)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The token ids that end the answer; empty where nothing does."""
+        return self.input_ids[len(self.input_ids) - self.num_end :]
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> tuple[str, str]:
@@ -123,14 +130,15 @@ def encode(
     prompts = _tokenize(tokenizer, [prompt for prompt, _, _ in texts])
     wholes = _tokenize(tokenizer, ["".join(parts) for parts in texts])
     ends = sorted({end for _, _, end in texts if end})
-    num_end = dict(zip(ends, map(len, _tokenize(tokenizer, ends) if ends else []), strict=True))
+    end_lengths = dict(zip(ends, map(len, _tokenize(tokenizer, ends) if ends else []), strict=True))
     bos = _bos(tokenizer)
     eos = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     examples = []
     for row, (_, answer_text, end), prompt, whole in zip(rows, texts, prompts, wholes, strict=True):
         follows = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         answer = whole[len(prompt) :] if follows else _tokenize(tokenizer, [answer_text + end])[0]
-        if len(answer) <= num_end.get(end, 0):
+        num_end = end_lengths.get(end, 0)
+        if len(answer) <= num_end:
             raise DataError(problem(f"{row.place}: the answer {row.answer!r:.80} has no token", "at least one"))
         head = [] if _form(row, tokenizer, template) == "chat" else bos
         if row.is_text:
@@ -139,8 +147,8 @@ def encode(
                 wrong = f"{row.place}: the text {row.answer!r:.80} has one token"
                 raise DataError(problem(wrong, "at least two", "Nothing before the first can predict it."))
         elif not end:
-            answer = answer + eos
-        examples.append(_example(row, head, prompt, answer, max_length))
+            answer, num_end = answer + eos, len(eos)
+        examples.append(_example(row, head + prompt, len(head), answer, num_end, max_length))
     return examples
 
 
@@ -233,15 +241,18 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return start if start and start[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
 
 
-def _example(row: Row, head: list[int], prompt: list[int], answer: list[int], max_length: int | None) -> Example:
+def _example(
+    row: Row, before: list[int], kept: int, answer: list[int], num_end: int, max_length: int | None
+) -> Example:
+    """Join what stands before the answer, of which the first `kept` tokens are never cut, and the answer."""
+    head, prompt = before[:kept], before[kept:]
     if max_length is not None:
         room = max_length - len(head) - len(answer)
         if room < 1:
             wrong = f"{row.place}: the answer takes {len(answer)} tokens of max_length {max_length}"
             advice = "Split the text into several rows." if row.is_text else "Answers are never cut."
             raise DataError(problem(wrong, f"max_length >= {len(head) + 1 + len(answer)}", advice))
-        prompt = prompt[-room:]
-    before = head + prompt
+        before = head + prompt[-room:]
     if not before:
         raise DataError(problem(f"{row.place}: the prompt {row.question!r:.80} has no token", "at least one"))
-    return Example(tuple(before + answer), (IGNORED,) * len(before) + tuple(answer), row.place)
+    return Example(tuple(before + answer), (IGNORED,) * len(before) + tuple(answer), place=row.place, num_end=num_end)

@@ -152,7 +152,7 @@ def load_rows(source: str | Path) -> list[Row]:
 def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     """Raise if a row is to be forgotten and retained at once.
 
-    Two rows are the same when question, answer and earlier turns are, whatever their case and white space.
+    Two rows are the same when question, earlier turns and a right answer are, whatever their case and white space.
 
     Raises:
         DataError: If the sets overlap; it names the first pair and counts the rows.
@@ -160,20 +160,23 @@ def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     Examples:
         >>> check_disjoint([Row("Who wrote Emma?", "Jane Austen")], [Row("Who wrote Ulysses?", "James Joyce")])
     """
-    retained = {_content(row): row for row in reversed(retain)}
-    both = [row for row in forget if _content(row) in retained]
+    retained = {content: row for row in reversed(retain) for content in _contents(row)}
+    both = [(row, found) for row in forget for found in [retained.get(each) for each in _contents(row)] if found]
     if both:
-        first = both[0]
-        pair = f"{first.place} and {retained[_content(first)].place}"
-        count = f"{len(both)} row{'s are' if len(both) > 1 else ' is'}"
+        rows = {id(row) for row, _ in both}
+        first, other = both[0]
+        count = f"{len(rows)} row{'s are' if len(rows) > 1 else ' is'}"
         said = (first.question or first.answer)[:60]
-        wrong = f"{count} in both the forget and the retain set, the first at {pair} ({said!r})"
+        wrong = (
+            f"{count} in both the forget and the retain set, the first at {first.place} and {other.place} ({said!r})"
+        )
         raise DataError(problem(wrong, "disjoint sets", "Remove each such row from one of the two."))
 
 
-def _content(row: Row) -> tuple[str, ...]:
-    texts = (row.question, row.answer, *(part for turn in row.turns for part in turn))
-    return tuple(" ".join(text.split()).casefold() for text in texts)
+def _contents(row: Row) -> list[tuple[str, ...]]:
+    """Return what is asked and answered, once for each right answer, whatever its case and white space."""
+    asked = (row.question, *(part for turn in row.turns for part in turn))
+    return [tuple(" ".join(text.split()).casefold() for text in (answer, *asked)) for answer in row.answers]
 
 
 def _check_text(name: str, text: object, place: str) -> None:

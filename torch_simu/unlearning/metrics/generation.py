@@ -59,7 +59,8 @@ def generate_answers(
     check_fits(model, examples)
     longest = max(example.num_scored for example in examples)
     limit = longest if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens)
-    ends = _end_ids(model, tokenizer, examples)
+    ends = _end_ids(model, tokenizer)
+    ends |= {example.end_ids[0] for example in examples if example.num_end == 1}
     hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | ends
     padding = pad_id(tokenizer, model)
     texts = [""] * len(examples)
@@ -79,7 +80,7 @@ def generate_answers(
                 generation_config=_greedy(new_tokens, ends, padding),
             )
             for index, ids in zip(indices, output[:, width:].tolist(), strict=True):
-                stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+                stop = _stop(ids, ends, examples[index].end_ids)
                 if max_new_tokens is None and not ends:
                     stop = examples[index].num_scored
                 texts[index] = _text(tokenizer, [token for token in ids[:stop] if token not in hidden])
@@ -177,16 +178,25 @@ def _batches(
             yield room, [of_room[place] for place in batch]
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's, those of the model's settings, and of the chat template."""
-    candidates: list[object] = [example.input_ids[-1] for example in examples]
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's and those of the model's settings."""
+    candidates: list[object] = []
     for settings in (model.generation_config, model.config.get_text_config()):
         of_model = getattr(settings, "eos_token_id", None)
         candidates += list(of_model) if isinstance(of_model, list | tuple) else [of_model]
     # Special tokens only: a small model may keep its config's default id, which is a word in its own vocabulary.
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id}
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ends = {tokenizer.eos_token_id, *(end for end in candidates if end in special)}
     return {end for end in ends if isinstance(end, int)}
+
+
+def _stop(ids: Sequence[int], ends: Collection[int], end_ids: tuple[int, ...]) -> int:
+    """Return where a text ends: at the first end token, or where a template's end of several tokens begins."""
+    length = len(end_ids)
+    for place, token in enumerate(ids):
+        if token in ends or (length and tuple(ids[place : place + length]) == end_ids):
+            return place
+    return len(ids)
 
 
 @contextmanager
