@@ -18,8 +18,9 @@ from torch_simu._checks import check_choice, problem
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import DataError, Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean, part_of
-from torch_simu.unlearning.metrics.scoring import Progress, score_answers
+from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean
+from torch_simu.unlearning.metrics.scoring import score_answers
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +164,7 @@ def tofu_suite(
         batch_size: Rows per forward pass.
         max_new_tokens: Largest number of tokens to generate.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
-        progress: Called as `progress(done, total)`.
+        progress: Told of the stage "tofu", in rows.
 
     Returns:
         A JSON-able dict with, for "geometric" and "arithmetic" truth ratios each, "model_utility" (harmonic mean of
@@ -186,7 +187,7 @@ def tofu_suite(
     terms: dict[Average, list[float]] = {average: [] for average in _AVERAGES}
     forget_ratios: dict[Average, list[float]] = {}
     for name, rows in sets.items():
-        part = part_of(progress, done, total)
+        part = part_of(renamed(progress, lambda _: "tofu"), done, total)
         scores = evaluate(
             model,
             tokenizer,
