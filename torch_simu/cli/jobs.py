@@ -22,7 +22,7 @@ from torch_simu.unlearning.localization import choose_neurons
 from torch_simu.unlearning.metrics.evaluate import evaluate
 from torch_simu.unlearning.metrics.lume import lume_suite
 from torch_simu.unlearning.metrics.tofu import tofu_suite
-from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 from torch_simu.unlearning.report.folder import check_writable, whole_folder
 from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import Measures, MethodResult, Report, write_json, write_log
@@ -195,10 +195,7 @@ def evaluate_job(
         methods[name] = MethodResult(_measures(net, tokenizer, rows, max_length, progress, stage, max_new_tokens))
         if suite is None:
             continue
-
-        def tell(done: int, total: int, stage: str = f"{suite} {name}") -> None:
-            progress(stage, done, total)
-
+        tell = renamed(progress, f"{{}} {name}".format)
         if suite == "lume":
             suites[name] = lume_suite(
                 net, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens or 256, progress=tell
@@ -241,10 +238,7 @@ def _measures(
     before = 0
     measures: dict[str, Measures] = {}
     for name, part in rows.items():
-
-        def tell(done: int, _: int, before: int = before) -> None:
-            progress(stage, before + done, total)
-
+        tell = part_of(renamed(progress, lambda _: stage), before, total)
         measures[name] = evaluate(
             model, tokenizer, part, rouge=False, max_length=max_length, max_new_tokens=max_new_tokens, progress=tell
         ).means

@@ -17,7 +17,7 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import batches_in_order
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits
-from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.progress import Progress, counted
 
 
 def choose_neurons(
@@ -47,11 +47,6 @@ def choose_neurons(
 
     def scores(stage: str, examples: Sequence[Example]) -> Attribution:
         check_fits(model, examples)
-
-        def tell(done: int, total: int) -> None:
-            if progress is not None:
-                progress(stage, done, total)
-
         return attribute_neurons(
             model,
             batches_in_order(examples, 32, pad_id),
@@ -59,7 +54,7 @@ def choose_neurons(
             steps=config.attribution_steps,
             method=config.attribution_method,
             resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
-            progress=tell,
+            progress=counted(progress, stage),
         )
 
     attribution = scores("attribute forget", forget)

@@ -50,7 +50,7 @@ def test_progress_counts_every_row_up_to_the_total():
     evaluate(
         tiny_model(tokenizer), tokenizer, ROWS, batch_size=4, rouge=False, progress=lambda *call: calls.append(call)
     )
-    assert calls == [(4, 12), (6, 12), (10, 12), (12, 12)]
+    assert calls == [("evaluate", done, 12, "") for done in (4, 6, 10, 12)]
 
 
 def test_the_model_is_left_as_it_was_even_after_an_exception():
@@ -60,7 +60,7 @@ def test_the_model_is_left_as_it_was_even_after_an_exception():
     flags = {name: module.training for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def failing(done, total):
+    def failing(stage, done, total, note=""):
         raise KeyboardInterrupt
 
     evaluate(model, tokenizer, ROWS, rouge=False)

@@ -148,7 +148,8 @@ def test_the_tofu_suite_goes_through_json_and_serves_as_its_own_reference():
     reference = json.loads(json.dumps(first))["log_truth_ratios"]
     again = tofu_suite(model, tokenizer, SETS, max_new_tokens=2, reference=reference)
     assert again["forget_quality"] == {"geometric": 1.0, "arithmetic": 1.0}
-    dones, totals = zip(*calls, strict=True)
+    stages, dones, totals, _ = zip(*calls, strict=True)
+    assert set(stages) == {"tofu"}
     assert list(dones) == sorted(set(dones))
     assert set(totals) == {dones[-1]}
 
@@ -209,7 +210,7 @@ def test_the_lume_suite_counts_its_rows():
         batch_size=2,
         progress=lambda *call: calls.append(call),
     )
-    assert calls == [(2, 6), (3, 6), (5, 6), (6, 6)]
+    assert calls == [("lume", done, 6, "") for done in (2, 3, 5, 6)]
 
 
 def test_the_lume_suite_refuses_sets_that_test_different_things_before_it_generates():

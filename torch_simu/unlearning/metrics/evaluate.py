@@ -17,7 +17,8 @@ from torch_simu.unlearning.metrics.generation import (
     generate_answers,
     rouge_l_recall,
 )
-from torch_simu.unlearning.metrics.scoring import Progress, score_answers
+from torch_simu.unlearning.metrics.scoring import score_answers
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def evaluate(
         rouge: Whether to measure ROUGE-L, which needs the package `rouge-score` and a few seconds to import it.
         max_length: Largest number of tokens of prompt and answer; see `torch_simu.unlearning.data.examples.encode`.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
-        progress: Called as `progress(done, total)`; a row counts twice when it is also generated.
+        progress: Told of the stage "evaluate"; a row counts twice when it is also generated.
 
     Raises:
         ValueError: If there is no row, or `batch_size` or `max_new_tokens` is not positive.
@@ -100,6 +101,7 @@ def evaluate(
         check_rouge()
     examples = encode(rows, tokenizer, max_length=max_length, template=template)
     total = len(rows) * (2 if generate else 1)
+    progress = renamed(progress, lambda _: "evaluate")
     values = score_answers(
         model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=part_of(progress, 0, total)
     )
@@ -151,15 +153,3 @@ def harmonic_mean(values: Iterable[float]) -> float:
     if not numbers or not all(number >= 0 for number in numbers):
         raise ValueError(problem(f"The values are {numbers}", "at least one, each >= 0"))
     return 0.0 if 0 in numbers else len(numbers) / sum(1 / number for number in numbers)
-
-
-def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return a progress callback for one part of a longer job, of which `before` is done when the part starts.
-
-    Examples:
-        >>> part_of(lambda done, total: print(f"{done}/{total}"), before=10, total=30)(5, 20)
-        15/30
-    """
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)

@@ -16,7 +16,8 @@ from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.scoring import Progress, evaluating
+from torch_simu.unlearning.metrics.scoring import evaluating
+from torch_simu.unlearning.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def generate_answers(
             that tells whether answers are right. A tokenizer without an end token cannot tell where an answer ends;
             then None cuts each row's text at the length of its own answer.
         batch_size: Prompts per call of `model.generate`.
-        progress: Called as `progress(done, total)` after each batch.
+        progress: Told of the stage "generate" after each batch, in rows.
 
     Returns:
         One text per example, in order, without special tokens (but with the unknown token) and outer white space.
@@ -86,7 +87,7 @@ def generate_answers(
                 texts[index] = _text(tokenizer, [token for token in ids[:stop] if token not in hidden])
             done += len(indices)
             if progress is not None:
-                progress(done, len(examples))
+                progress("generate", done, len(examples))
     return texts
 
 

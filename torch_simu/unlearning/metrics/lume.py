@@ -10,9 +10,9 @@ from torch_simu._checks import problem
 from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode
 from torch_simu.unlearning.data.rows import Row
-from torch_simu.unlearning.metrics.evaluate import harmonic_mean, mean, part_of
+from torch_simu.unlearning.metrics.evaluate import harmonic_mean, mean
 from torch_simu.unlearning.metrics.generation import check_rouge, generate_answers, rouge_l_recall
-from torch_simu.unlearning.metrics.scoring import Progress
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def lume_suite(
         sets: Rows of "forget" and "retain", each with `id` and `task`.
         batch_size: Rows per call of `model.generate`.
         max_new_tokens: Largest number of tokens to generate.
-        progress: Called as `progress(done, total)`, in rows.
+        progress: Told of the stage "lume", in rows.
 
     Returns:
         A JSON-able dict: "task_aggregate", "num_terms", and "forget" and "retain" with the mean score of each term.
@@ -108,7 +108,7 @@ def lume_suite(
             encode(rows, tokenizer, template="raw"),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            progress=part_of(progress, done, total),
+            progress=part_of(renamed(progress, lambda _: "lume"), done, total),
         )
         done += len(rows)
     return lume_figures(sets, generations)

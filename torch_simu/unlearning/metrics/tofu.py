@@ -11,9 +11,9 @@ from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean, part_of
+from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean
 from torch_simu.unlearning.metrics.generation import check_rouge
-from torch_simu.unlearning.metrics.scoring import Progress, score_answers
+from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.metrics.truth_ratio import (
     AVERAGES,
     Average,
@@ -23,6 +23,7 @@ from torch_simu.unlearning.metrics.truth_ratio import (
     option_probability,
     truth_ratio_score,
 )
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def tofu_suite(
         batch_size: Rows per forward pass.
         max_new_tokens: Largest number of tokens to generate.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
-        progress: Called as `progress(done, total)`.
+        progress: Told of the stage "tofu", in rows.
 
     Returns:
         A JSON-able dict with, for "geometric" and "arithmetic" truth ratios each, "model_utility" (harmonic mean of
@@ -119,7 +120,7 @@ def tofu_suite(
     total, done = sum(work.values()), 0
     values: dict[str, TofuValues] = {}
     for name, rows in sets.items():
-        part = part_of(progress, done, total)
+        part = part_of(renamed(progress, lambda _: "tofu"), done, total)
         scores = evaluate(
             model,
             tokenizer,
