@@ -75,9 +75,7 @@ def prepare(data: Path, work: Path, seed: int) -> None:
     )
     model = LlamaForCausalLM(config)
     training = TrainConfig(epochs=60, lr=2e-3, batch_size=16, seed=seed)
-    memorize(
-        model, encode(rows, tokenizer), config=training, progress=lambda *told: sys.stderr.write(f"train {told}\n")
-    )
+    memorize(model, encode(rows, tokenizer), config=training, progress=lambda *told: sys.stderr.write(f"{told}\n"))
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
 

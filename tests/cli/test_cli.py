@@ -167,7 +167,7 @@ def test_a_tokenizer_of_another_model_is_refused(files, tmp_path, capsys):
     make_fiction(RECIPE, seed=0).tokenizer.save_pretrained(tmp_path / "small")
     capsys.readouterr()
     assert call("attribute", *options(files, "forget", model=tmp_path / "small"), "--out", tmp_path / "out") == 2
-    assert_one_line(capsys, "tokens and the model 50 embeddings")
+    assert_one_line(capsys, "beyond the model's 50 embeddings")
 
 
 def test_an_output_folder_is_replaced_by_force_only(files, tmp_path, capsys):

@@ -16,9 +16,12 @@ except ImportError as error:
 
 from torch_simu.cli.console import progress_bars, show_report
 from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
+from torch_simu.cli.loading import Loading
+from torch_simu.cli.measuring import Measuring
 from torch_simu.cli.patch import app as patch_app
 from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
-from torch_simu.unlearning.report.folder import check_writable, whole_folder
+from torch_simu.unlearning.report.folder import check_writable, locked, whole_folder
+from torch_simu.unlearning.report.plots import check_plots
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -37,7 +40,13 @@ app = _application()
 _RUN = UnlearnConfig()
 # The defaults of a run stand there, once.
 
-_Data = "JSON Lines with question/answer, prompt/response or input/output; or a Hugging Face data set, NAME:SPLIT"
+_NOT_REACHED = 3
+"""Exit status of a run that ended above its forget target."""
+
+_Data = (
+    "JSON Lines with question/answer, prompt/response, instruction/output, input/output, messages or text; or a "
+    "Hugging Face data set, NAME:CONFIG:SPLIT"
+)
 Model = Annotated[str, typer.Option(help="Folder of the model and its tokenizer.")]
 Forget = Annotated[str, typer.Option(help=f"Rows to forget: {_Data}.")]
 Retain = Annotated[str, typer.Option(help="Rows to keep, in the same formats.")]
@@ -67,10 +76,12 @@ def demo(
 
     console = Console()
     check_writable(out, force=force)
-    with progress_bars(console) as progress:
-        result = run_demo(seed, progress=progress)
-    with whole_folder(out, force=force) as folder:
-        result.save(folder)
+    check_plots()
+    with locked(out):
+        with progress_bars(console) as progress:
+            result = run_demo(seed, progress=progress)
+        with whole_folder(out, force=force) as folder:
+            result.save(folder)
     show_report(console, result.report)
     console.print(f"Report, plots and step logs: {out}", highlight=False)
 
@@ -123,6 +134,7 @@ def unlearn(
         forget_batch_size=batch_size,
         retain_batch_size=batch_size,
         hessian_batch_size=batch_size,
+        eval_batch_size=batch_size,
         seed=seed,
     )
     console = Console()
@@ -133,15 +145,15 @@ def unlearn(
             sets,
             out,
             config,
-            max_length=max_length,
-            dtype=dtype,
-            device=device,
-            load_in=load_in,
+            loading=Loading(dtype, device, load_in),
+            measuring=Measuring(batch_size, max_length),
             force=force,
             progress=progress,
         )
     show_report(console, report)
     console.print(f"Model, selection, step log and report: {out}", highlight=False)
+    if report.reached is False:
+        raise typer.Exit(_NOT_REACHED)
 
 
 @app.command()
@@ -173,11 +185,8 @@ def evaluate(
             reference=reference,
             suite=suite,
             out=out,
-            batch_size=batch_size,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
+            loading=Loading(dtype, device),
+            measuring=Measuring(batch_size, max_length, max_new_tokens),
             force=force,
             progress=progress,
         )
@@ -220,9 +229,8 @@ def attribute(
             retain,
             out,
             config,
+            loading=Loading(dtype, device),
             max_length=max_length,
-            dtype=dtype,
-            device=device,
             force=force,
             progress=progress,
         )

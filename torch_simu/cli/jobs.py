@@ -23,7 +23,7 @@ from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
 from torch_simu.unlearning.metrics.lume import lume_suite
 from torch_simu.unlearning.metrics.tofu import tofu_suite
-from torch_simu.unlearning.progress import Progress, part_of
+from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import MethodResult, Report, bargain, write_json, write_log
@@ -87,7 +87,7 @@ def unlearn_job(
             examples["retain"],
             config=config,
             monitor=kept,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, net),
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -153,7 +153,12 @@ def attribute_job(
         net, tokenizer = (loading or Loading()).load(model)
         examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
         selection, attribution = choose_neurons(
-            net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer), progress=progress
+            net,
+            examples["forget"],
+            examples.get("retain", []),
+            config,
+            pad_id=pad_id(tokenizer, net),
+            progress=progress,
         )
         with whole_folder(out, force=force) as folder:
             _save_scores(selection, attribution, folder)
@@ -213,16 +218,17 @@ def evaluate_job(
         if suite is None:
             continue
 
-        options = {
-            "batch_size": measuring.batch_size,
-            "progress": part_of(progress, f"{suite} {name}"),
-            **({} if measuring.max_new_tokens is None else {"max_new_tokens": measuring.max_new_tokens}),
-        }
+        told = renamed(progress, lambda _, stage=f"{suite} {name}": stage)  # type: ignore[misc]
+        size, longest = measuring.batch_size, measuring.max_new_tokens
         if suite == "lume":
-            suites[name] = lume_suite(net, tokenizer, rows, **options)
+            suites[name] = lume_suite(
+                net, tokenizer, rows, batch_size=size, max_new_tokens=longest or 256, progress=told
+            )
         else:
             ratios = cast("Mapping[str, list[float]] | None", suites.get("reference", {}).get("log_truth_ratios"))
-            suites[name] = tofu_suite(net, tokenizer, rows, reference=ratios, **options)
+            suites[name] = tofu_suite(
+                net, tokenizer, rows, reference=ratios, batch_size=size, max_new_tokens=longest or 200, progress=told
+            )
     report = Report("torch-simu evaluate", 0, methods, {"sets": dict(sets), "suite": suite})
     figures = _headlines(suites.get("model", {}))
     if out is not None:

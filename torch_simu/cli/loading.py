@@ -82,10 +82,6 @@ def load_model(
     _check_whole(source, loaded[1])
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
-    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > vocabulary:
-        wrong = f"The tokenizer of {source!r} has {len(tokenizer)} tokens and the model {vocabulary} embeddings"
-        raise ValueError(problem(wrong, "a tokenizer of this model"))
     if getattr(model, "hf_quantizer", None) is None:
         nn.Module.to(model, place)
     keep_codes_as_loaded(model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_simu._checks import check_count
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.evaluate import evaluate
-from torch_simu.unlearning.progress import Progress, part_of
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 from torch_simu.unlearning.report.report import Measures
 
 
@@ -58,7 +58,7 @@ class Measuring:
                 batch_size=self.batch_size,
                 max_length=self.max_length,
                 max_new_tokens=self.max_new_tokens,
-                progress=part_of(progress, stage, done, total),
+                progress=part_of(renamed(progress, lambda _: stage), done, total),
             ).means
             done += 2 * len(part)
         return found

@@ -18,6 +18,7 @@ from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
@@ -90,13 +91,14 @@ def unlearn(
         What was done, with the step log.
 
     Raises:
-        ValueError: If a set is empty, or `checkpoint` belongs to another run.
+        ValueError: If a set is empty or does not fit into the model, or `checkpoint` belongs to another run.
         NonFiniteLossError: If the loss of a step is not finite.
     """
     config = UnlearnConfig() if config is None else config
     for name, examples in (("forget", forget), ("retain", retain)):
         if not examples:
             raise ValueError(problem(f"The {name} set is empty", "at least one example"))
+        check_fits(model, examples)
     objective = objective or make_objective(config.objective, retain_weight=config.retain_weight)
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0

@@ -16,7 +16,8 @@ from torch_simu.unlearning.checkpoint import RunCheckpoint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import batches_in_order
 from torch_simu.unlearning.data.examples import Example
-from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.data.fits import check_fits
+from torch_simu.unlearning.progress import Progress, counted
 
 
 def choose_neurons(
@@ -45,10 +46,7 @@ def choose_neurons(
     """
 
     def scores(stage: str, examples: Sequence[Example]) -> Attribution:
-        def tell(done: int, total: int) -> None:
-            if progress is not None:
-                progress(stage, done, total)
-
+        check_fits(model, examples)
         return attribute_neurons(
             model,
             batches_in_order(examples, 32, pad_id),
@@ -56,7 +54,7 @@ def choose_neurons(
             steps=config.attribution_steps,
             method=config.attribution_method,
             resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
-            progress=tell,
+            progress=counted(progress, stage),
         )
 
     attribution = scores("attribute forget", forget)

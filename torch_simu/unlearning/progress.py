@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with a stage ("unlearn", say), how much of it is done, of how much, and a short note."""
+    """Called with a stage ("attribute forget", "unlearn"), how much of it is done, of how much, and a short note."""
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int, /, note: str = "") -> None:
         """Tell how far a stage is."""
         ...
 
 
-def part_of(
-    progress: Progress | None, stage: str | None = None, before: int = 0, total: int | None = None
-) -> Progress | None:
-    """Return what a part of a longer job tells, told as that job.
-
-    Args:
-        progress: Whom the job tells.
-        stage: The job's stage, in place of the part's own; None: that.
-        before: How much of the job is done when the part starts.
-        total: How much there is in the job, in place of the part's own; None: that.
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a progress for one part of a longer stage, of which `before` is done when the part starts.
 
     Examples:
-        >>> def tell(stage, done, total, note=""):
-        ...     print(f"{stage}: {done}/{total}")
-        >>> part_of(tell, "evaluate", before=10, total=30)("score", 5, 20)
-        evaluate: 15/30
+        >>> part_of(lambda stage, done, total, _: print(f"{stage} {done}/{total}"), before=10, total=30)("score", 5, 9)
+        score 15/30
     """
     if progress is None:
         return None
-    name, whole = stage, total
 
-    def tell(stage: str, done: int, total: int, note: str = "") -> None:
-        progress(name or stage, before + done, total if whole is None else whole, note)
+    def tell(stage: str, done: int, _: int, note: str = "") -> None:
+        progress(stage, before + done, total, note)
 
     return tell
+
+
+def renamed(progress: Progress | None, rename: Callable[[str], str]) -> Progress | None:
+    """Return a progress that tells the stages of a job under other names.
+
+    Examples:
+        >>> renamed(lambda stage, done, total, _: print(f"{stage} {done}/{total}"), "first {}".format)("score", 5, 20)
+        first score 5/20
+    """
+    if progress is None:
+        return None
+
+    def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        progress(rename(stage), done, total, note)
+
+    return tell
+
+
+def counted(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    """Return what the core calls, which knows no stages: `told(done, total)`.
+
+    Examples:
+        >>> counted(lambda stage, done, total: print(f"{stage} {done}/{total}"), "attribute forget")(5, 20)
+        attribute forget 5/20
+    """
+    return None if progress is None else lambda done, total: progress(stage, done, total)

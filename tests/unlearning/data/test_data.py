@@ -1,4 +1,4 @@
-"""Rows load or fail in one line with their place; the answer alone is scored; batch `i` depends on the seed and `i`."""
+"""Rows load or fail in one line with their place; of an encoded row the answer alone is scored."""
 
 from __future__ import annotations
 
@@ -7,27 +7,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.language import CHAT, ROWS, merging_tokenizer, tiny_model, word_tokenizer
-from tests.strategies import seeds
-from torch_simu.unlearning.data.batches import Batches, batches_in_order, batches_of_similar_length
-from torch_simu.unlearning.data.examples import Example, collate, encode, render
-from torch_simu.unlearning.data.rows import DataError, Row, check_disjoint, load_rows, rows_from_records
-from torch_simu.unlearning.data.tokenizer import load_tokenizer, pad_id
+from tests.language import CHAT, ROWS, merging_tokenizer, word_tokenizer
+from torch_simu.unlearning.data.error import DataError
+from torch_simu.unlearning.data.examples import encode, render
+from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows, rows_from_records
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
-examples = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 4)).map(
-        lambda sizes: Example(
-            tuple(range(1, sum(sizes) + 1)), (-100,) * sizes[0] + tuple(range(sizes[0] + 1, sum(sizes) + 1))
-        )
-    ),
-    min_size=1,
-    max_size=12,
-)
 
 
 def write(folder, content, name="rows.jsonl"):
@@ -282,105 +270,3 @@ def test_text_without_a_token_is_refused():
 
 def test_no_rows_give_no_examples():
     assert encode([], word_tokenizer()) == []
-
-
-# Batches
-
-
-@given(examples, st.integers(0, 9))
-def test_collate_pads_on_the_right_and_masks_the_padding(batch, padding):
-    result = collate(batch, padding)
-    width = max(len(example.input_ids) for example in batch)
-    for row, example in enumerate(batch):
-        missing = width - len(example.input_ids)
-        assert result["input_ids"][row].tolist() == [*example.input_ids, *[padding] * missing]
-        assert result["labels"][row].tolist() == [*example.labels, *[-100] * missing]
-        assert result["attention_mask"][row].tolist() == [1] * (width - missing) + [0] * missing
-    assert {part.dtype for part in result.values()} == {torch.int64}
-
-
-def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="The batch is empty, expected at least one example"):
-        collate([], 0)
-
-
-@given(examples, st.integers(1, 15), seeds, st.integers(0, 30))
-def test_a_batch_depends_on_seed_and_step_alone(items, batch_size, seed, step):
-    whole = Batches(items, batch_size, seed)
-    for earlier in range(3):
-        whole.batch(earlier)
-    resumed = Batches(items, batch_size, seed).batch(step)
-    assert all(torch.equal(part, resumed[name]) for name, part in whole.batch(step).items())
-
-
-@given(st.integers(1, 12), st.integers(1, 15), seeds)
-def test_the_stream_is_one_permutation_after_another(count, batch_size, seed):
-    items = [Example((1, i), (-100, i)) for i in range(count)]
-    batches = Batches(items, batch_size, seed)
-    steps = 3 * batches.steps_per_epoch
-    stream = [index for step in range(steps) for index in batches.indices(step)]
-    assert all(len(batches.indices(step)) == batch_size for step in range(steps))
-    for start in range(0, len(stream) - count + 1, count):
-        assert sorted(stream[start : start + count]) == list(range(count))
-    assert set(stream[: batches.steps_per_epoch * batch_size]) == set(range(count))
-
-
-def test_seeds_and_epochs_give_different_orders():
-    items = [Example((1, i), (-100, i)) for i in range(20)]
-    orders = {tuple(Batches(items, 20, seed).indices(step)) for seed in range(4) for step in range(4)}
-    assert len(orders) == 16
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(([], 2), "no example to draw, expected at least one"), (([Example((1,), (1,))], 0), "batch_size is 0")],
-)
-def test_batches_check_their_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Batches(*arguments)
-    with pytest.raises(ValueError, match="step is -1"):
-        Batches([Example((1,), (1,))], 1).indices(-1)
-
-
-@given(examples, st.integers(1, 5))
-def test_batches_in_order_yield_each_example_once(items, batch_size):
-    rows = [row[row > 0].tolist() for batch in batches_in_order(items, batch_size) for row in batch["input_ids"]]
-    assert rows == [list(example.input_ids) for example in items]
-
-
-@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5))
-def test_batches_of_similar_length_partition_the_indices_longest_first(lengths, batch_size):
-    groups = batches_of_similar_length(lengths, batch_size)
-    flat = [index for group in groups for index in group]
-    assert sorted(flat) == list(range(len(lengths)))
-    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
-    assert all(len(group) <= batch_size for group in groups)
-
-
-# Tokenizers
-
-
-def test_a_saved_tokenizer_is_loaded_from_the_model_folder(tmp_path):
-    tokenizer = word_tokenizer()
-    tiny_model(tokenizer).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert encode(ROWS, load_tokenizer(tmp_path)) == encode(ROWS, tokenizer)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_a_model_without_a_tokenizer_is_refused(tmp_path, family):
-    tiny_model(word_tokenizer(), family).save_pretrained(tmp_path)
-    with pytest.raises(
-        DataError, match=r"tokenizer .*, expected a model folder .* tokenizer\.save_pretrained"
-    ) as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_padding_uses_the_pad_token_then_the_end_token_then_zero():
-    tokenizer = word_tokenizer()
-    assert pad_id(tokenizer) == tokenizer.pad_token_id
-    tokenizer.pad_token = None
-    assert pad_id(tokenizer) == tokenizer.eos_token_id
-    tokenizer.eos_token = None
-    assert pad_id(tokenizer) == 0

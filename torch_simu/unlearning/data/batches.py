@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -59,16 +60,15 @@ class Batches:
         count = len(self.examples)
         start, stop = step * self.batch_size, (step + 1) * self.batch_size
         first, last = start // count, (stop - 1) // count
-        drawn = [index for epoch in range(first, last + 1) for index in self._permutation(epoch)]
-        return drawn[start - first * count : stop - first * count]
+        drawn: list[int] = []
+        for epoch in range(first, last + 1):
+            begun = epoch * count
+            drawn += _permutation(count, self.seed, epoch)[max(start - begun, 0) : stop - begun]
+        return drawn
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return batch `step`, counted from 0, as `collate` does."""
         return collate([self.examples[index] for index in self.indices(step)], self.pad_id)
-
-    def _permutation(self, epoch: int) -> list[int]:
-        # Seeded with text, which Python hashes with SHA-512: neighboring seeds and epochs share nothing.
-        return random.Random(f"{self.seed} {epoch}").sample(range(len(self.examples)), len(self.examples))
 
 
 def batches_in_order(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[dict[str, Tensor]]:
@@ -94,3 +94,11 @@ def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[l
     check_count("batch_size", batch_size)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+# A step asks for three streams, each of which may be at the border of two permutations. The stream stays a value: what
+# is kept here follows from the arguments alone.
+@lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    # Seeded with text, which Python hashes with SHA-512: neighboring seeds and epochs share nothing.
+    return tuple(random.Random(f"{seed} {epoch}").sample(range(count), count))

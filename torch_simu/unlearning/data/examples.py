@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count, problem
 from torch_simu.curvature import IGNORED
-from torch_simu.unlearning.data.rows import DataError, Row
+from torch_simu.unlearning.data.chat import ChatTexts, chat_texts
+from torch_simu.unlearning.data.error import DataError
+from torch_simu.unlearning.data.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ class Example:
     Args:
         input_ids: Token ids of prompt and answer.
         labels: The same ids where scored, -100 elsewhere. `labels[t]` is scored from the logits at `t - 1`.
+        place: Where the row comes from, for errors; two examples are the same whatever it is.
+        num_end: How many of the last tokens end the answer and are no part of it, such as `<end_of_turn>`; likewise.
 
     Examples:
         >>> Example((5, 6, 7), (-100, 6, 7)).prompt_ids
@@ -35,6 +39,8 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    place: str = field(default="", compare=False)
+    num_end: int = field(default=0, compare=False)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -46,6 +52,11 @@ class Example:
         """How many positions are scored; they are the last ones."""
         return sum(label != IGNORED for label in self.labels)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The token ids that end the answer; empty where nothing does."""
+        return self.input_ids[len(self.input_ids) - self.num_end :]
+
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> tuple[str, str]:
     r"""Return the prompt and the answer as text; the two joined are what the model should say.
@@ -56,11 +67,12 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template = "a
         template: "chat": the tokenizer's chat template, the question as the user's turn; "question":
             `Question: ...\nAnswer:`, as in TOFU; "raw": the question as it stands; "auto": "raw" for a `row.raw`,
             else "chat" when the tokenizer has a chat template, else "question". In the last two forms a space parts
-            prompt and answer and belongs to the answer.
+            prompt and answer and belongs to the answer, and earlier turns stand before the question, parted by blank
+            lines. A plain text has no prompt in any form.
 
     Raises:
         ValueError: If `template` is another word.
-        DataError: If "chat" is asked for and the tokenizer has no chat template.
+        DataError: If the row is written by the chat template, and there is none, it fails, or it loses a text.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -71,22 +83,8 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template = "a
         >>> render(Row("Where?", "Rome"), tokenizer)
         ('Question: Where?\nAnswer:', ' Rome')
     """
-    form = _form(row, tokenizer, template)
-    question, answer = row.question.strip(), row.answer.strip()
-    if form == "raw":
-        return question, f" {answer}"
-    if form == "question":
-        return f"Question: {question}\nAnswer:", f" {answer}"
-    if not tokenizer.chat_template:
-        raise DataError(problem("The tokenizer has no chat template", "one for template='chat'", "Take 'question'."))
-    user = {"role": "user", "content": question}
-    prompt = str(tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True))
-    turns = [user, {"role": "assistant", "content": answer}]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    # Some templates put white space before the answer. What follows it is the end of the turn: see the end token.
-    turn = whole.removeprefix(prompt)
-    space = turn[: len(turn) - len(turn.lstrip())]
-    return prompt, space + answer if turn.startswith(space + answer) else answer
+    prompt, answer, _ = _texts(row, tokenizer, template)
+    return prompt, answer
 
 
 def encode(
@@ -96,14 +94,16 @@ def encode(
     max_length: int | None = None,
     template: Template = "auto",
 ) -> list[Example]:
-    """Turn rows into token sequences in which the answer, with a final end token, is scored.
+    """Turn rows into token sequences in which the answer, with its end, is scored.
 
     The boundary is exact: the prompt's tokens are those of the prompt alone. Where a tokenizer would merge the end
     of the prompt with the start of the answer, the two are tokenized apart. A beginning-of-sequence token is put first
-    if the tokenizer does so itself (a chat template writes its own); the end token follows the answer if there is one.
+    if the tokenizer does so itself (a chat template writes its own). The end of an answer is what the chat template
+    writes behind it, else the tokenizer's end token if there is one. A plain text is scored throughout and has no end,
+    being an excerpt as a rule; without a beginning token its first token is the prompt of the rest.
 
     Args:
-        rows: Questions and answers.
+        rows: Questions and answers, conversations, or texts.
         tokenizer: Any Hugging Face tokenizer.
         max_length: Largest number of tokens. A longer prompt loses its beginning; the answer is never cut.
         template: How a question becomes a prompt; see `render`.
@@ -125,21 +125,51 @@ def encode(
         check_count("max_length", max_length)
     if not rows:
         return []
-    texts = [render(row, tokenizer, template) for row in rows]
+    texts = [_texts(row, tokenizer, template) for row in rows]
     # One call each for all rows: fast tokenizers run over the list in parallel.
-    prompts = _tokenize(tokenizer, [prompt for prompt, _ in texts])
-    wholes = _tokenize(tokenizer, [prompt + answer for prompt, answer in texts])
+    prompts = _tokenize(tokenizer, [prompt for prompt, _, _ in texts])
+    wholes = _tokenize(tokenizer, ["".join(parts) for parts in texts])
+    ends = sorted({end for _, _, end in texts if end})
+    end_lengths = dict(zip(ends, map(len, _tokenize(tokenizer, ends) if ends else []), strict=True))
     bos = _bos(tokenizer)
     eos = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     examples = []
-    for row, (_, answer_text), prompt, whole in zip(rows, texts, prompts, wholes, strict=True):
+    for row, (_, answer_text, end), prompt, whole in zip(rows, texts, prompts, wholes, strict=True):
         follows = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-        answer = whole[len(prompt) :] if follows else _tokenize(tokenizer, [answer_text])[0]
-        if not answer:
-            raise DataError(problem(f"{row.place}: the answer {row.answer!r} has no token", "at least one"))
+        answer = whole[len(prompt) :] if follows else _tokenize(tokenizer, [answer_text + end])[0]
+        num_end = end_lengths.get(end, 0)
+        if len(answer) <= num_end:
+            raise DataError(problem(f"{row.place}: the answer {row.answer!r:.80} has no token", "at least one"))
         head = [] if _form(row, tokenizer, template) == "chat" else bos
-        examples.append(_example(row, head, prompt, answer + eos, max_length))
+        if row.is_text:
+            head, prompt, answer = [], (head or answer)[:1], answer if head else answer[1:]
+            if not answer:
+                wrong = f"{row.place}: the text {row.answer!r:.80} has one token"
+                raise DataError(problem(wrong, "at least two", "Nothing before the first can predict it."))
+        elif not end:
+            answer, num_end = answer + eos, len(eos)
+        examples.append(_example(row, head + prompt, len(head), answer, num_end, max_length))
     return examples
+
+
+def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    r"""Return the text of an example as the model reads it, with the scored part between `>>>` and `<<<`.
+
+    Other control characters than line ends are escaped, so that the text can be printed whatever is in it.
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"?": 0, "Question": 1, ":": 2, "Answer": 3, "Rome": 4, ".": 5}, "?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token=".")
+        >>> show_example(encode([Row("?", "Rome")], tokenizer)[0], tokenizer)
+        'Question : ? Answer :>>>Rome .<<<'
+    """
+    scored = list(example.input_ids[len(example.prompt_ids) :])
+    parts = [str(tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in (example.prompt_ids, scored)]
+    prompt, answer = ("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in part) for part in parts)
+    return f"{prompt}>>>{answer}<<<"
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
@@ -180,9 +210,25 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 def _form(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template) -> Template:
     """Return the form that "auto" stands for, or `template` itself."""
     check_choice("template", template, ("auto", "chat", "question", "raw"))
+    if row.is_text:
+        return "raw"
     if template != "auto":
         return template
     return "raw" if row.raw else "chat" if tokenizer.chat_template else "question"
+
+
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template) -> ChatTexts:
+    form = _form(row, tokenizer, template)
+    if form == "chat":
+        return chat_texts(row, tokenizer)
+    question, answer = row.question.strip(), row.answer.strip()
+    if row.is_text:
+        return ChatTexts("", answer, "")
+    if form == "raw":
+        return ChatTexts("\n\n".join([*(turn.text.strip() for turn in row.turns), question]), f" {answer}", "")
+    written = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
+    before = "".join(written[turn.role].format(turn.text.strip()) for turn in row.turns)
+    return ChatTexts(f"{before}Question: {question}\nAnswer:", f" {answer}", "")
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -195,14 +241,18 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return start if start and start[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
 
 
-def _example(row: Row, head: list[int], prompt: list[int], answer: list[int], max_length: int | None) -> Example:
+def _example(
+    row: Row, before: list[int], kept: int, answer: list[int], num_end: int, max_length: int | None
+) -> Example:
+    """Join what stands before the answer, of which the first `kept` tokens are never cut, and the answer."""
+    head, prompt = before[:kept], before[kept:]
     if max_length is not None:
         room = max_length - len(head) - len(answer)
         if room < 1:
             wrong = f"{row.place}: the answer takes {len(answer)} tokens of max_length {max_length}"
-            raise DataError(problem(wrong, f"max_length >= {len(head) + 1 + len(answer)}", "Answers are never cut."))
-        prompt = prompt[-room:]
-    before = head + prompt
+            advice = "Split the text into several rows." if row.is_text else "Answers are never cut."
+            raise DataError(problem(wrong, f"max_length >= {len(head) + 1 + len(answer)}", advice))
+        before = head + prompt[-room:]
     if not before:
-        raise DataError(problem(f"{row.place}: the prompt {row.question!r} has no token", "at least one"))
-    return Example(tuple(before + answer), (IGNORED,) * len(before) + tuple(answer))
+        raise DataError(problem(f"{row.place}: the prompt {row.question!r:.80} has no token", "at least one"))
+    return Example(tuple(before + answer), (IGNORED,) * len(before) + tuple(answer), place=row.place, num_end=num_end)

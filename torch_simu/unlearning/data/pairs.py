@@ -52,7 +52,8 @@ class ForgetRetainPairs(Dataset[Pair]):
                 raise ValueError(problem(f"The {name} set is empty", "at least one example"))
         longest = max(len(forget), len(retain))
         self._length = longest if num_pairs is None else check_count("num_pairs", num_pairs)
-        self._forget, self._retain = _Stream(forget, 3 * seed), _Stream(retain, 3 * seed + 1)
+        # Batches of one row are the stream itself.
+        self._forget, self._retain = Batches(forget, 1, 3 * seed), Batches(retain, 1, 3 * seed + 1)
 
     def __len__(self) -> int:
         return self._length
@@ -65,7 +66,7 @@ class ForgetRetainPairs(Dataset[Pair]):
         """
         if not 0 <= index < self._length:
             raise IndexError(problem(f"index is {index}", f"0 <= index < {self._length}"))
-        return Pair(self._forget.row(index), self._retain.row(index))
+        return Pair(*(rows.examples[rows.indices(index)[0]] for rows in (self._forget, self._retain)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +98,3 @@ class PairCollator:
             return collate(cast("Sequence[Example]", rows), self.pad_id)
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
         raise TypeError(problem(f"The batch holds {found}", "Pair or Example", "Take rows of a ForgetRetainPairs."))
-
-
-class _Stream:
-    """One permutation of a set after another; the one read last is kept."""
-
-    def __init__(self, examples: Sequence[Example], seed: int) -> None:
-        # A batch as large as the set is one permutation of it.
-        self._passes = Batches(examples, len(examples), seed)
-        self._kept: tuple[int, list[int]] = (-1, [])
-
-    def row(self, index: int) -> Example:
-        number, place = divmod(index, len(self._passes.examples))
-        if self._kept[0] != number:
-            self._kept = (number, self._passes.indices(number))
-        return self._passes.examples[self._kept[1][place]]

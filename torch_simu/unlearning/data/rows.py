@@ -1,23 +1,41 @@
-"""Rows: questions and answers with their origin, from JSON files or Hugging Face data sets."""
+"""Rows: questions and answers, conversations and plain texts, with their origin."""
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch_simu._checks import problem
+from torch_simu.unlearning.data.error import DataError
+from torch_simu.unlearning.data.files import read_records
 
-# (question field, answer field, whether the question is the prompt as it stands).
-_LAYOUTS = (("question", "answer", False), ("prompt", "response", False), ("input", "output", True))
-_ACCEPTED = " or ".join(f"{question}/{answer}" for question, answer, _ in _LAYOUTS)
+_LAYOUTS: tuple[tuple[str | None, str | None], ...] = (
+    ("messages", None),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("input", "output"),
+    (None, "text"),
+)
+"""(field of the question, field of the answer), in the order in which they are looked for."""
+_ACCEPTED = "question/answer or prompt/response or input/output or instruction/output or messages or text"
+_AROUND = ("context", "system", "system_prompt")
+_PROMPT_LIKE = (
+    *("messages", "question", "prompt", "instruction", "instructions", "input", "text", "query", "passage"),
+    *("document", "history", "conversation", "conversations", "dialogue", *_AROUND),
+)
+"""Fields that may hold a part of the prompt; one that a layout does not use is refused rather than left out."""
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 
 
-class DataError(ValueError):
-    """What is wrong with a data file, a row or a tokenizer, in one line with its place."""
+class Turn(NamedTuple):
+    """What was said before the question, and by whom: "system", "user" or "assistant"."""
+
+    role: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +43,17 @@ class Row:
     """One question and its answer.
 
     Args:
-        question: What the model is asked. Not empty.
+        question: What the model is asked. Not empty, but for a plain text: one that is `raw` and has no question.
         answer: What it should say: the text that is scored. Not empty.
         extra: The other fields of the record, such as `id`, `task`, `paraphrased_answer` or `option1`.
         source: The file or data set the row comes from.
         line: Line in a JSON Lines file, else the place in the list, counted from one; 0 when unknown.
         raw: Whether the question is the prompt as it stands, without a template, as in LUME.
+        turns: What was said before the question; not scored.
+        alternatives: Other right answers; not scored, but a generated text may be any of them.
 
     Raises:
-        DataError: If the question or the answer is no text or is empty.
+        DataError: If the question or the answer is no text, is empty, or cannot be written as UTF-8.
 
     Examples:
         >>> Row("Who wrote Emma?", "Jane Austen", source="books.jsonl", line=3).place
@@ -46,27 +66,53 @@ class Row:
     source: str = ""
     line: int = 0
     raw: bool = False
+    turns: tuple[Turn, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("question", "answer"):
-            text = getattr(self, name)
-            if not isinstance(text, str):
-                raise DataError(problem(f"{self.place}: the {name} is {text!r} of type {type(text).__name__}", "text"))
-            if not text.strip():
-                raise DataError(problem(f"{self.place}: the {name} is empty ({text!r})", "some text"))
+        if not self.is_text:
+            _check_text("question", self.question, self.place)
+        for name, text in [
+            ("answer", self.answer),
+            *(("other answer", text) for text in self.alternatives),
+            *((f"text of the {turn.role}", turn.text) for turn in self.turns),
+        ]:
+            _check_text(name, text, self.place)
 
     @property
     def place(self) -> str:
         """Where the row comes from, as `source:line`."""
         return f"{self.source or 'row'}:{self.line}"
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the row is a plain text without a question."""
+        return self.raw and self.question == "" and not self.turns
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers, the scored one first."""
+        return (self.answer, *self.alternatives)
+
 
 def rows_from_records(records: Iterable[Mapping[str, object]], source: str = "records") -> list[Row]:
-    """Turn records, such as dicts, into rows.
+    r"""Turn records, such as dicts, into rows.
+
+    | fields | question | answer |
+    |---|---|---|
+    | `question`/`answer`, `prompt`/`response` | as it is | as it is |
+    | `instruction`/`output` or `/response` (Alpaca, Dolly) | `instruction`, then `input` if there is one | as it is |
+    | `input`/`output` (LUME) | the prompt as it stands: `Row.raw` | as it is |
+    | `messages` (chat) | the last user's message; those before it are `Row.turns` | the last message, the assistant's |
+    | `text` (corpora) | none | the whole text |
+
+    Texts are joined by a blank line. In all layouts but the last two a `context` goes before the question, and `system`
+    or `system_prompt` becomes a system turn. An answer may be a list of texts: the first is scored, all are right. All
+    other fields are kept in `Row.extra`, but one that looks like a part of the prompt, such as `instruction` beside
+    `question`, is refused: left out, it would make another question.
 
     Args:
-        records: Mappings with the fields question/answer, prompt/response, or LUME's input/output (then `Row.raw` is
-            set). All other fields are kept in `Row.extra`.
+        records: Mappings with the fields of one layout.
         source: The name that errors and `Row.source` give the records.
 
     Raises:
@@ -75,16 +121,19 @@ def rows_from_records(records: Iterable[Mapping[str, object]], source: str = "re
     Examples:
         >>> rows_from_records([{"prompt": "2 + 2 =", "response": "4", "level": 1}])[0].extra
         {'level': 1}
+        >>> rows_from_records([{"instruction": "Translate to French.", "input": "cat", "output": "chat"}])[0].question
+        'Translate to French.\n\ncat'
     """
     return _numbered_rows(enumerate(records, start=1), source)
 
 
 def load_rows(source: str | Path) -> list[Row]:
-    """Load the rows of a JSON Lines file, of a JSON file with one list, or of a Hugging Face data set.
+    """Load the rows of a JSON Lines, JSON or Parquet file, or of a Hugging Face data set.
 
     Args:
         source: A path, or the name of a data set as `name`, `name:config` or `name:config:split` (the split is "train"
-            unless named), such as `locuslab/TOFU:forget01`. Fields as in `rows_from_records`; files are UTF-8.
+            unless named), such as `locuslab/TOFU:forget01`. Fields as in `rows_from_records`; text files are UTF-8 and
+            may be packed by gzip; a JSON file holds one list.
 
     Raises:
         DataError: If the source cannot be read or holds something else; the message has the file and the line.
@@ -97,23 +146,13 @@ def load_rows(source: str | Path) -> list[Row]:
         ...     load_rows(path)[0].answer
         'Jane Austen'
     """
-    path = Path(source)
-    if path.is_file():
-        return _numbered_rows(_read_json(path), str(path))
-    name = str(source)
-    looks_like_file = isinstance(source, Path) or path.is_dir() or name.endswith((".json", ".jsonl"))
-    if looks_like_file or not ("/" in name or ":" in name):
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(
-            problem(f"{name}: the file {what}", "a JSON or JSON Lines file, or a data set as name:config:split")
-        )
-    return _numbered_rows(enumerate(_download(name), start=1), name)
+    return _numbered_rows(read_records(source), str(source))
 
 
 def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     """Raise if a row is to be forgotten and retained at once.
 
-    Two rows are the same when question and answer are, whatever their case and white space.
+    Two rows are the same when question, earlier turns and a right answer are, whatever their case and white space.
 
     Raises:
         DataError: If the sets overlap; it names the first pair and counts the rows.
@@ -121,45 +160,36 @@ def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     Examples:
         >>> check_disjoint([Row("Who wrote Emma?", "Jane Austen")], [Row("Who wrote Ulysses?", "James Joyce")])
     """
-    retained = {_content(row): row for row in reversed(retain)}
-    both = [row for row in forget if _content(row) in retained]
+    retained = {content: row for row in reversed(retain) for content in _contents(row)}
+    both = [(row, found) for row in forget for found in [retained.get(each) for each in _contents(row)] if found]
     if both:
-        first = both[0]
-        pair = f"{first.place} and {retained[_content(first)].place}"
-        count = f"{len(both)} row{'s are' if len(both) > 1 else ' is'}"
-        wrong = f"{count} in both the forget and the retain set, the first at {pair} ({first.question[:60]!r})"
+        rows = {id(row) for row, _ in both}
+        first, other = both[0]
+        count = f"{len(rows)} row{'s are' if len(rows) > 1 else ' is'}"
+        said = (first.question or first.answer)[:60]
+        wrong = (
+            f"{count} in both the forget and the retain set, the first at {first.place} and {other.place} ({said!r})"
+        )
         raise DataError(problem(wrong, "disjoint sets", "Remove each such row from one of the two."))
 
 
-def _content(row: Row) -> tuple[str, str]:
-    return " ".join(row.question.split()).casefold(), " ".join(row.answer.split()).casefold()
+def _contents(row: Row) -> list[tuple[str, ...]]:
+    """Return what is asked and answered, once for each right answer, whatever its case and white space."""
+    asked = (row.question, *(part for turn in row.turns for part in turn))
+    return [tuple(" ".join(text.split()).casefold() for text in (answer, *asked)) for answer in row.answers]
 
 
-def _read_json(path: Path) -> list[tuple[int, object]]:
-    """Return the (number, record) pairs of a JSON Lines file or of a JSON list."""
-    data = path.read_bytes()
+def _check_text(name: str, text: object, place: str) -> None:
+    if not isinstance(text, str):
+        raise DataError(problem(f"{place}: the {name} is {text!r:.80} of type {type(text).__name__}", "text"))
+    if not text.strip():
+        raise DataError(problem(f"{place}: the {name} is empty ({text[:20]!r})", "some text"))
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        wrong = f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8"
-        raise DataError(problem(wrong, "a UTF-8 file", "Convert the file, for instance with iconv.")) from None
-    if text.lstrip().startswith("["):
-        return list(enumerate(cast("list[object]", _parse(text, str(path), 1)), start=1))
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _parse(line, str(path), number)) for number, line in lines if line.strip()]
-
-
-def _parse(text: str, source: str, line: int) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{source}:{line + error.lineno - 1}"
-        wrong = f"{where}: broken JSON ({error.msg} at column {error.colno})"
-        raise DataError(problem(wrong, "one JSON object a line, or one JSON list")) from None
-    except RecursionError:
-        raise DataError(problem(f"{source}:{line}: JSON nested too deeply", "one flat JSON object a line")) from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"{place}: the {name} has half a character, {text[error.start]!r}, at {error.start}"
+        advice = "It was cut inside an emoji or the like: write the whole character, or remove the half."
+        raise DataError(problem(wrong, "whole Unicode characters", advice)) from None
 
 
 def _numbered_rows(records: Iterable[tuple[int, object]], source: str) -> list[Row]:
@@ -174,29 +204,89 @@ def _row(record: object, source: str, line: int) -> Row:
     if not isinstance(record, Mapping):
         kind = type(record).__name__
         raise DataError(problem(f"{place}: the row is of type {kind}", f"an object with {_ACCEPTED}"))
-    for question, answer, raw in _LAYOUTS:
-        if question in record and answer in record:
-            extra = {str(key): value for key, value in record.items() if key not in (question, answer)}
-            return Row(record[question], record[answer], extra, source, line, raw)
     found = ", ".join(map(repr, record)) or "none"
-    raise DataError(problem(f"{place}: the fields are {found}", f"{_ACCEPTED} among them"))
+    layout = next((names for names in _LAYOUTS if all(name is None or name in record for name in names)), None)
+    if layout is None:
+        raise DataError(problem(f"{place}: the fields are {found:.200}", f"{_ACCEPTED} among them"))
+    if layout == ("messages", None):
+        return _conversation(record, source, line)
+    question_field, answer_field = layout
+    used = {answer_field, question_field} | (set(_AROUND) if question_field else set())
+    if question_field == "instruction":
+        used.add("input")
+    extra = _extra(record, used, place)
+    answer, *alternatives = _answers(record[answer_field])
+    if question_field is None:
+        return Row("", answer, extra, source, line, raw=True, alternatives=tuple(alternatives))
+    question = record[question_field]
+    _check_text("question" if question_field != "instruction" else question_field, question, place)
+    after = record.get("input") if question_field == "instruction" else None
+    parts = [("context", record.get("context")), ("question", question), ("input", after)]
+    texts = [_part(name, text, place) for name, text in parts if not _is_blank(text)]
+    systems = [(name, record.get(name)) for name in ("system", "system_prompt")]
+    return Row(
+        "\n\n".join(texts) if len(texts) > 1 else question,
+        answer,
+        extra,
+        source,
+        line,
+        raw=question_field == "input",
+        turns=tuple(Turn("system", _part(name, text, place)) for name, text in systems if not _is_blank(text)),
+        alternatives=tuple(alternatives),
+    )
 
 
-def _download(name: str) -> Iterable[Mapping[str, object]]:
-    """Load the records of the Hugging Face data set `name:config:split`."""
-    parts = name.split(":")
-    if len(parts) > 3 or not all(parts):
-        raise DataError(problem(f"The data set name is {name!r}", "name, name:config or name:config:split"))
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        wrong = f"{name}: there is no such file, and the package 'datasets' is not installed"
-        raise DataError(problem(wrong, "a file or a data set", "Run: pip install datasets")) from None
-    config, split = (*parts[1:], None, None)[:2]
-    try:
-        return cast("Iterable[Mapping[str, object]]", datasets.load_dataset(parts[0], config, split=split or "train"))
-    # Any exception: the network, the hub client and the data set's own files each raise classes of their own.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        wrong = f"{name}: there is no such file, and the data set cannot be loaded ({reason})"
-        raise DataError(problem(wrong, "a file or a data set within reach")) from error
+def _conversation(record: Mapping[str, object], source: str, line: int) -> Row:
+    """Return the row of a list of messages: the assistant's last message is the answer."""
+    place = f"{source}:{line}"
+    extra = _extra(record, {"messages"}, place)
+    messages = record["messages"]
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        wrong = f"{place}: messages is of type {type(messages).__name__}"
+        raise DataError(problem(wrong, "a list of objects with role and content"))
+    turns = [_turn(message, f"{place}: message {number}") for number, message in enumerate(messages, start=1)]
+    roles = [turn.role for turn in turns]
+    if roles[-2:] != ["user", "assistant"]:
+        raise DataError(problem(f"{place}: the messages end with {roles[-2:]}", "a 'user' and then an 'assistant'"))
+    *before, question, answer = turns
+    return Row(question.text, answer.text, extra, source, line, turns=tuple(before))
+
+
+def _turn(message: object, place: str) -> Turn:
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise DataError(problem(f"{place} is {message!r:.80}", "an object with role and content"))
+    if message["role"] not in ("system", "user", "assistant"):
+        raise DataError(problem(f"{place} has role {message['role']!r:.40}", "'system', 'user' or 'assistant'"))
+    if unread := [name for name in _UNREAD if message.get(name)]:
+        raise DataError(problem(f"{place} has {unread[0]}", "text alone", "Write it into the content, or remove it."))
+    content = message["content"]
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise DataError(problem(f"{place} has parts that are no text", "parts with a text each"))
+        content = "".join(part["text"] for part in content)
+    return Turn(str(message["role"]), content)
+
+
+def _answers(value: object) -> list[str]:
+    # What is no text is refused by the row.
+    return cast("list[str]", list(value) if isinstance(value, list | tuple) and value else [value])
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _part(name: str, text: object, place: str) -> str:
+    _check_text(name, text, place)
+    return str(text).strip()
+
+
+def _extra(record: Mapping[str, object], used: set[str | None], place: str) -> dict[str, object]:
+    """Return the fields that no layout uses; one that may be a part of the prompt is refused, unless it is empty."""
+    extra = {str(key): value for key, value in record.items() if key not in used}
+    lost = [name for name, value in extra.items() if name.lower() in _PROMPT_LIKE and value and not _is_blank(value)]
+    if lost:
+        wrong = f"{place}: the field {lost[0]!r} stands beside {[name for name in record if name in used]}"
+        advice = "Remove it, or write it into the question."
+        raise DataError(problem(wrong, "no field that may be another part of the prompt", advice))
+    return extra

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from torch_simu._checks import problem
-from torch_simu.unlearning.data.rows import DataError
+from torch_simu.unlearning.data.error import DataError
+from torch_simu.unlearning.data.fits import num_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +27,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Examples:
         >>> load_tokenizer("no/such/folder")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        torch_simu.unlearning.data.rows.DataError: no/such/folder: no tokenizer can be loaded (...
+        torch_simu.unlearning.data.error.DataError: no/such/folder: no tokenizer can be loaded (...
     """
     from transformers import AutoTokenizer
 
@@ -42,9 +45,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with: the pad token's, else the end token's, else 0 (padding is masked either way)."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> int:
+    """Return the id to pad with: the pad token's, else the end token's, else 0 (padding is masked either way).
+
+    Args:
+        tokenizer: The tokenizer of the examples.
+        model: An id beyond its embeddings, as that of a pad token which was added to the tokenizer alone, is passed
+            over.
+    """
+    bound = None if model is None else num_embeddings(model)
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token_id, int):
+        if isinstance(token_id, int) and (bound is None or token_id < bound):
             return token_id
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from torch_simu.unlearning.demo.fiction import make_corpus, make_tokenizer
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import Unlearned, unlearn
 from torch_simu.unlearning.metrics.evaluate import evaluate
-from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import Measures, MethodResult, Report, write_log
 
@@ -200,7 +200,7 @@ def train_base(
     seed: int,
     sets: Sequence[str],
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Make the demo's model and let it memorize the named sets."""
     model = make_model(recipe, len(fiction.tokenizer), seed)
@@ -235,12 +235,8 @@ def run_demo(
     fiction = make_fiction(recipe, seed)
 
     def trained(stage: str, sets: Sequence[str]) -> tuple[PreTrainedModel, MethodResult]:
-        def tell(done: int, total: int, note: str) -> None:
-            if progress is not None:
-                progress(stage, done, total, note)
-
         started = time.perf_counter()
-        model = train_base(fiction, recipe, seed, sets, progress=tell)
+        model = train_base(fiction, recipe, seed, sets, progress=renamed(progress, lambda _: stage))
         seconds = time.perf_counter() - started
         return model, MethodResult(measured(model, fiction), seconds=seconds)
 
@@ -250,7 +246,7 @@ def run_demo(
     attribution: Attribution | None = None
     for method in methods:
         config = recipe.unlearning.updated(method=method, seed=seed, **recipe.tuned[method])
-        told = None if progress is None else _renamed(progress, method)
+        told = renamed(progress, f"{method}: {{}}".format)
         results[method], done = forget_by(base, fiction, config, progress=told)
         attribution = done.attribution or attribution
         logs[method] = done.log
@@ -259,13 +255,6 @@ def run_demo(
     start["forget_probability"] = before.sets["forget"]["probability"]
     report = Report("torch_simu demo: forget fictional people", seed, results, _settings(recipe), _notes(recipe, logs))
     return DemoResult(report, logs, attribution, start, recipe.unlearning.forget_target)
-
-
-def _renamed(progress: Progress, method: str) -> Progress:
-    def tell(stage: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{method}: {stage}", done, total, note)
-
-    return tell
 
 
 def _settings(recipe: DemoRecipe) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import mean_answer_nll
+from torch_simu.unlearning.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def memorize(
     *,
     config: TrainConfig | None = None,
     pad_id: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> float:
     """Train `model` on the answers of `examples` until it has memorized them, in place.
 
@@ -65,7 +66,7 @@ def memorize(
         examples: Encoded rows.
         config: How to train.
         pad_id: The token id to pad with.
-        progress: Called as `progress(epochs done, epochs at most, note)`.
+        progress: Told of the stage "train", in epochs.
 
     Returns:
         The mean exact memorization that was reached, in [0, 1].
@@ -97,7 +98,7 @@ def memorize(
                 scores = score_answers(model, examples, batch_size=128, pad_id=pad_id)["em"]
                 em = sum(scores) / len(scores)
             if progress is not None:
-                progress(epoch + 1, config.epochs, f"EM {em:.3f}")
+                progress("train", epoch + 1, config.epochs, f"EM {em:.3f}")
             if em >= config.em_target:
                 break
     return em

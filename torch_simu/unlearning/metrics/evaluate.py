@@ -10,8 +10,15 @@ from torch_simu._checks import problem
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.generation import contains_answer, equals_answer, generate_answers, rouge_l_recall
-from torch_simu.unlearning.metrics.scoring import Progress, score_answers
+from torch_simu.unlearning.metrics.generation import (
+    check_rouge,
+    contains_answer,
+    equals_answer,
+    generate_answers,
+    rouge_l_recall,
+)
+from torch_simu.unlearning.metrics.scoring import score_answers
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +64,8 @@ def evaluate(
     Teacher-forced, over the answer's tokens and its end token: "probability" `exp(-mean nll)`, "em" (exact
     memorization), "es" (extraction strength) and "nll"; see `torch_simu.unlearning.metrics.scoring`. Of the text that
     the model generates greedily: "qa_exact_match" (it is the answer), "qa_containment" (the answer is in it), both
-    after `torch_simu.unlearning.metrics.generation.normalized`, and "rouge_l_recall".
+    after `torch_simu.unlearning.metrics.generation.normalized`, and "rouge_l_recall". Of a row with several answers the
+    first is teacher-forced, and the generated text is compared with each: the best counts.
 
     Args:
         model: A causal language model; its training flags are restored.
@@ -69,11 +77,11 @@ def evaluate(
         rouge: Whether to measure ROUGE-L, which needs the package `rouge-score` and a few seconds to import it.
         max_length: Largest number of tokens of prompt and answer; see `torch_simu.unlearning.data.examples.encode`.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
-        progress: Called as `progress(done, total)`; a row counts twice when it is also generated.
+        progress: Told of the stage "evaluate"; a row counts twice when it is also generated.
 
     Raises:
         ValueError: If there is no row, or `batch_size` or `max_new_tokens` is not positive.
-        DataError: If a row cannot be encoded.
+        DataError: If a row cannot be encoded, or does not fit into the model.
         ImportError: If ROUGE is asked for without the package `rouge-score`.
 
     Examples:
@@ -89,10 +97,13 @@ def evaluate(
     """
     if not rows:
         raise ValueError(problem("There is no row to evaluate", "at least one"))
+    if generate and rouge:
+        check_rouge()
     examples = encode(rows, tokenizer, max_length=max_length, template=template)
     total = len(rows) * (2 if generate else 1)
+    progress = renamed(progress, lambda _: "evaluate")
     values = score_answers(
-        model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer), progress=part_of(progress, 0, total)
+        model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=part_of(progress, 0, total)
     )
     if not generate:
         return Scores(values)
@@ -104,12 +115,12 @@ def evaluate(
         batch_size=batch_size,
         progress=part_of(progress, len(rows), total),
     )
-    answers = [row.answer for row in rows]
-    pairs = list(zip(generations, answers, strict=True))
-    values["qa_exact_match"] = [float(equals_answer(text, answer)) for text, answer in pairs]
-    values["qa_containment"] = [float(contains_answer(text, answer)) for text, answer in pairs]
+    pairs = list(zip(generations, [row.answers for row in rows], strict=True))
+    values["qa_exact_match"] = [float(any(equals_answer(text, one) for one in answers)) for text, answers in pairs]
+    values["qa_containment"] = [float(any(contains_answer(text, one) for one in answers)) for text, answers in pairs]
     if rouge:
-        values["rouge_l_recall"] = rouge_l_recall(generations, answers)
+        recalls = iter(rouge_l_recall(*zip(*((text, one) for text, answers in pairs for one in answers), strict=True)))
+        values["rouge_l_recall"] = [max(next(recalls) for _ in answers) for _, answers in pairs]
     return Scores(values, tuple(generations))
 
 
@@ -142,15 +153,3 @@ def harmonic_mean(values: Iterable[float]) -> float:
     if not numbers or not all(number >= 0 for number in numbers):
         raise ValueError(problem(f"The values are {numbers}", "at least one, each >= 0"))
     return 0.0 if 0 in numbers else len(numbers) / sum(1 / number for number in numbers)
-
-
-def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return a progress callback for one part of a longer job, of which `before` is done when the part starts.
-
-    Examples:
-        >>> part_of(lambda done, total: print(f"{done}/{total}"), before=10, total=30)(5, 20)
-        15/30
-    """
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch_simu._checks import check_count, problem
 from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.scoring import Progress, evaluating
+from torch_simu.unlearning.metrics.scoring import evaluating
+from torch_simu.unlearning.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +35,8 @@ def generate_answers(
     """Let the model answer the prompt of each example, greedily and in batches.
 
     Prompts are padded on the left and masked, so that a row's answer does not depend on the rows beside it. It ends
-    before the first end token, the tokenizer's or one of `model.generation_config`.
+    before the first end token: the tokenizer's, one of `model.generation_config`, or the one that ends the scored
+    answers. Where a model's positions are bounded, a text ends with them at the latest.
 
     Args:
         model: A causal language model; its training flags are restored.
@@ -42,43 +46,48 @@ def generate_answers(
             that tells whether answers are right. A tokenizer without an end token cannot tell where an answer ends;
             then None cuts each row's text at the length of its own answer.
         batch_size: Prompts per call of `model.generate`.
-        progress: Called as `progress(done, total)` after each batch.
+        progress: Told of the stage "generate" after each batch, in rows.
 
     Returns:
         One text per example, in order, without special tokens (but with the unknown token) and outer white space.
 
     Raises:
         ValueError: If there is no example or `max_new_tokens` is not positive.
+        DataError: If an example does not fit into the model.
     """
     if not examples:
         raise ValueError(problem("There is no example to answer", "at least one"))
+    check_fits(model, examples)
     longest = max(example.num_scored for example in examples)
     limit = longest if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens)
     ends = _end_ids(model, tokenizer)
-    padding = pad_id(tokenizer)
-    # Without an end token, one that cannot be generated, because `generate` fills None from the model's own settings.
-    config = _greedy(limit, sorted(ends) or [model.config.get_text_config().vocab_size], padding)
+    ends |= {example.end_ids[0] for example in examples if example.num_end == 1}
     hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | ends
+    padding = pad_id(tokenizer, model)
     texts = [""] * len(examples)
     device = next(model.parameters()).device
     generate = cast("Callable[..., Tensor]", model.generate)
     done = 0
-    with evaluating(model):
-        for indices in batches_of_similar_length([len(example.prompt_ids) for example in examples], batch_size):
+    with evaluating(model), _without_own_settings(model):
+        for new_tokens, indices in _batches(model, examples, limit, batch_size):
             prompts = [examples[index].prompt_ids for index in indices]
             width = max(map(len, prompts))
             input_ids = torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             # The positions follow from the mask: `generate` counts its ones.
-            output = generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            output = generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=_greedy(new_tokens, ends, padding),
+            )
             for index, ids in zip(indices, output[:, width:].tolist(), strict=True):
-                stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+                stop = _stop(ids, ends, examples[index].end_ids)
                 if max_new_tokens is None and not ends:
                     stop = examples[index].num_scored
                 texts[index] = _text(tokenizer, [token for token in ids[:stop] if token not in hidden])
             done += len(indices)
             if progress is not None:
-                progress(done, len(examples))
+                progress("generate", done, len(examples))
     return texts
 
 
@@ -118,6 +127,22 @@ def contains_answer(generated: str, answer: str) -> bool:
     return f" {normalized(answer)} " in f" {normalized(generated)} "
 
 
+def check_rouge() -> None:
+    """Raise if ROUGE cannot be measured, before the work whose texts it would measure.
+
+    Raises:
+        ImportError: If the package `rouge-score` is not installed.
+
+    Examples:
+        >>> check_rouge()
+    """
+    try:
+        import rouge_score.rouge_scorer  # type: ignore[import-untyped] # noqa: F401
+    except ImportError:
+        wrong = "The package 'rouge-score' is not installed"
+        raise ImportError(problem(wrong, "it for ROUGE-L", "Run: pip install rouge-score")) from None
+
+
 def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
     """Return, pair by pair, the share of the answer's stemmed words in the longest common subsequence, in [0, 1].
 
@@ -128,11 +153,9 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
         >>> rouge_l_recall(["she wrote two novels"], ["Jane wrote a novel"])
         [0.5]
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-    except ImportError:
-        wrong = "The package 'rouge-score' is not installed"
-        raise ImportError(problem(wrong, "it for ROUGE-L", "Run: pip install rouge-score")) from None
+    check_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         float(scorer.score(target=answer, prediction=text)["rougeL"].recall)
@@ -140,34 +163,66 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
     ]
 
 
+def _batches(
+    model: PreTrainedModel, examples: Sequence[Example], limit: int, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of new tokens and the indices of each batch.
+
+    Rows of one batch have the same number, so that no row's text depends on the rows beside it: `limit`, or less where
+    fewer positions are left behind the prompt.
+    """
+    positions = num_positions(model)
+    rooms = [limit if positions is None else min(limit, positions - len(one.prompt_ids)) for one in examples]
+    for room in sorted(set(rooms)):
+        of_room = [index for index, other in enumerate(rooms) if other == room]
+        for batch in batches_of_similar_length([len(examples[index].prompt_ids) for index in of_room], batch_size):
+            yield room, [of_room[place] for place in batch]
+
+
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's and those of the model's generation settings."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    candidates = of_model if isinstance(of_model, list | tuple) else [of_model]
+    """Return the ids that end an answer: the tokenizer's and those of the model's settings."""
+    candidates: list[object] = []
+    for settings in (model.generation_config, model.config.get_text_config()):
+        of_model = getattr(settings, "eos_token_id", None)
+        candidates += list(of_model) if isinstance(of_model, list | tuple) else [of_model]
     # Special tokens only: a small model may keep its config's default id, which is a word in its own vocabulary.
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ends = {tokenizer.eos_token_id, *(end for end in candidates if end in special)}
     return {end for end in ends if isinstance(end, int)}
 
 
-def _greedy(max_new_tokens: int, ends: list[int], padding: int) -> GenerationConfig:
+def _stop(ids: Sequence[int], ends: Collection[int], end_ids: tuple[int, ...]) -> int:
+    """Return where a text ends: at the first end token, or where a template's end of several tokens begins."""
+    length = len(end_ids)
+    for place, token in enumerate(ids):
+        if token in ends or (length and tuple(ids[place : place + length]) == end_ids):
+            return place
+    return len(ids)
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    # `generate` fills what a call leaves open from the model's own settings, which sample, penalize repetition, force
+    # or forbid tokens in many released models.
     from transformers import GenerationConfig
 
-    # Each value is written out, because `generate` fills what is left open from the model's own generation settings,
-    # which sample and penalize repetition in many released models.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _greedy(max_new_tokens: int, ends: Collection[int], padding: int) -> GenerationConfig:
+    from transformers import GenerationConfig
+
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        min_new_tokens=0,
         do_sample=False,
         num_beams=1,
-        num_return_sequences=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         return_dict_in_generate=False,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=padding,
     )
 

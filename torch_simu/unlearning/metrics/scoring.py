@@ -10,7 +10,7 @@ With $p_t$ the probability of the answer's token $t$ of $T$, and a position *rig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,12 +23,11 @@ from torch_simu._checks import problem
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example, collate
+from torch_simu.unlearning.data.fits import check_fits
+from torch_simu.unlearning.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int], None]
-"""Called as `progress(done, total)` after each batch, in rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +140,18 @@ def score_answers(
         examples: Encoded rows, as `torch_simu.unlearning.data.examples.encode` makes them.
         batch_size: Examples per forward pass.
         pad_id: The token id to pad with.
-        progress: Called as `progress(done, total)` after each batch.
+        progress: Told of the stage "score" after each batch, in rows.
 
     Returns:
         "nll" (mean per token, in nats), "probability", "em" and "es", each with one value per example, in order.
 
     Raises:
         ValueError: If there is no example, or one has no scored position.
+        DataError: If an example does not fit into the model.
     """
     if not examples:
         raise ValueError(problem("There is no example to score", "at least one"))
+    check_fits(model, examples)
     measures = {"nll": mean_nll, "probability": probability, "em": exact_memorization, "es": extraction_strength}
     values = {name: [0.0] * len(examples) for name in measures}
     device = next(model.parameters()).device
@@ -166,7 +167,7 @@ def score_answers(
                     values[name][index] = value
             done += len(indices)
             if progress is not None:
-                progress(done, len(examples))
+                progress("score", done, len(examples))
     return values
 
 

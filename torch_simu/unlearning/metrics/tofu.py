@@ -1,35 +1,60 @@
-r"""TOFU: truth ratio, model utility and forget quality (Maini et al. 2024, arXiv 2401.06121).
-
-With $P(a) = \exp(-\text{mean nll of } a)$, the truth ratio of a question is
-$R = \bar P(\text{wrong}) / P(\text{right})$, where *right* is the paraphrased answer if there is one. The mean over the
-wrong answers is arithmetic in the paper, but geometric in the code released with it and in open-unlearning, from
-where most published figures come. Both are computed here.
-"""
+"""TOFU: truth ratio, model utility and forget quality (Maini et al. 2024, arXiv 2401.06121)."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch_simu._checks import check_choice, problem
+from torch_simu._checks import problem
+from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import Template, encode
-from torch_simu.unlearning.data.rows import DataError, Row
+from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean, part_of
-from torch_simu.unlearning.metrics.scoring import Progress, score_answers
+from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean
+from torch_simu.unlearning.metrics.generation import check_rouge
+from torch_simu.unlearning.metrics.scoring import score_answers
+from torch_simu.unlearning.metrics.truth_ratio import (
+    AVERAGES,
+    Average,
+    check_scipy,
+    forget_quality,
+    log_truth_ratio,
+    option_probability,
+    truth_ratio_score,
+)
+from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Average = Literal["geometric", "arithmetic"]
-"""How the probabilities of the wrong answers are averaged."""
-
-_AVERAGES: tuple[Average, ...] = ("geometric", "arithmetic")
 _UTILITY_SETS = ("retain", "real_authors", "world_facts")
 _OPTION_SETS = ("real_authors", "world_facts")
+
+
+@dataclass(frozen=True, slots=True)
+class TofuValues:
+    """What `tofu_figures` needs of a set, row by row.
+
+    Args:
+        scores: Measure -> one value per row, as in `torch_simu.unlearning.metrics.evaluate.Scores`: at least "nll",
+            "probability" and "rouge_l_recall". The means of all of them are in the result.
+        right_nlls: Mean negative log-likelihood per token of each row's right (paraphrased) answer, in nats.
+        wrong_nlls: The same of each of its wrong answers.
+    """
+
+    scores: Mapping[str, Sequence[float]]
+    right_nlls: Sequence[float]
+    wrong_nlls: Sequence[Sequence[float]]
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, which names the set, if a measure is missing or the values are not one for each row."""
+        counts = {measure: len(values) for measure, values in self.scores.items()}
+        counts |= {"right_nlls": len(self.right_nlls), "wrong_nlls": len(self.wrong_nlls)}
+        missing = {"nll", "probability", "rouge_l_recall"} - counts.keys()
+        if missing or len(set(counts.values())) != 1:
+            wrong = f"The set {name!r} has values {counts}"
+            raise ValueError(problem(wrong, "nll, probability and rouge_l_recall, and one value for each row"))
 
 
 def wrong_answers(row: Row) -> list[str]:
@@ -56,92 +81,6 @@ def wrong_answers(row: Row) -> list[str]:
     return wrong
 
 
-def log_truth_ratio(right_nll: float, wrong_nlls: Sequence[float], average: Average = "geometric") -> float:
-    r"""Return $\log R$ of one question: 0 when both are equally likely, negative when the right answer is the likelier.
-
-    Args:
-        right_nll: Mean negative log-likelihood per token of the right answer, in nats.
-        wrong_nlls: The same of each wrong answer.
-        average: How the probabilities of the wrong answers are averaged.
-
-    Raises:
-        ValueError: If there is no wrong answer or `average` is unknown.
-
-    Examples:
-        >>> log_truth_ratio(2.0, [1.0, 3.0])
-        0.0
-        >>> round(log_truth_ratio(2.0, [1.0, 3.0], "arithmetic"), 4)
-        0.4338
-    """
-    check_choice("average", average, _AVERAGES)
-    if not wrong_nlls:
-        raise ValueError(problem("There is no wrong answer", "at least one"))
-    if average == "geometric":
-        return right_nll - mean(wrong_nlls)
-    # Factored by the likeliest wrong answer, so that no probability underflows to 0.
-    least = min(wrong_nlls)
-    return right_nll - least + math.log(mean([math.exp(least - nll) for nll in wrong_nlls]))
-
-
-def truth_ratio_score(log_ratios: Sequence[float], *, forget: bool) -> float:
-    r"""Return the mean of $\min(R, 1/R)$ for the forget set, else of $\max(0, 1 - R)$; in [0, 1], higher is better.
-
-    Args:
-        log_ratios: $\log R$ of each question.
-        forget: Whether the questions are the forgotten ones, whose right answers should not stand out either way.
-
-    Examples:
-        >>> truth_ratio_score([math.log(4), -math.log(4)], forget=True)
-        0.25
-        >>> truth_ratio_score([math.log(4), -math.log(4)], forget=False)
-        0.375
-    """
-    if forget:
-        return mean([math.exp(-abs(ratio)) for ratio in log_ratios])
-    return mean([max(0.0, -math.expm1(min(ratio, 0.0))) for ratio in log_ratios])
-
-
-def option_probability(right_nll: float, wrong_nlls: Sequence[float]) -> float:
-    """Return the probability of the right answer over the sum over all options, each per token; in [0, 1].
-
-    Examples:
-        >>> option_probability(1.0, [1.0, 1.0, 1.0])
-        0.25
-    """
-    return 1 / (1 + sum(math.exp(min(right_nll - nll, 700.0)) for nll in wrong_nlls))
-
-
-def forget_quality(log_ratios: Sequence[float], reference: Sequence[float]) -> float:
-    """Return how likely two sets of truth ratios come from one distribution: the p-value of a two-sample KS test.
-
-    The test depends on the order of the values alone, so logarithms serve as well as the ratios.
-
-    Args:
-        log_ratios: Of the unlearned model on the forget set.
-        reference: Of a model that was trained on the retain set only, on the same questions.
-
-    Raises:
-        ValueError: If one of them is empty.
-        ImportError: If the package `scipy` is not installed.
-
-    Examples:
-        >>> forget_quality([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-        1.0
-    """
-    if not log_ratios or not reference:
-        wrong = f"There are {len(log_ratios)} truth ratios and {len(reference)} of the reference"
-        raise ValueError(problem(wrong, "at least one of each"))
-    try:
-        from scipy.stats import ks_2samp  # type: ignore[import-untyped]
-    except ImportError:
-        wrong = "The package 'scipy' is not installed"
-        raise ImportError(problem(wrong, "it for the forget quality", "Run: pip install scipy")) from None
-    with warnings.catch_warnings():
-        # For some sizes the exact distribution overflows, and the asymptotic one is taken.
-        warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation", category=RuntimeWarning)
-        return float(ks_2samp(log_ratios, reference).pvalue)
-
-
 def tofu_suite(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -163,7 +102,7 @@ def tofu_suite(
         batch_size: Rows per forward pass.
         max_new_tokens: Largest number of tokens to generate.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
-        progress: Called as `progress(done, total)`.
+        progress: Told of the stage "tofu", in rows.
 
     Returns:
         A JSON-able dict with, for "geometric" and "arithmetic" truth ratios each, "model_utility" (harmonic mean of
@@ -176,17 +115,12 @@ def tofu_suite(
         DataError: If a row has no wrong answers or cannot be encoded.
         ImportError: If the package `rouge-score`, or `scipy` with a reference, is not installed.
     """
-    known = {"forget", *_UTILITY_SETS}
-    if set(sets) != known or not all(sets.values()):
-        sizes = {name: len(rows) for name, rows in sets.items()}
-        raise ValueError(problem(f"The sets have {sizes} rows", f"some in each of {sorted(known)}"))
+    check_tofu(sets, quality=reference is not None)
     work = {name: 3 * len(rows) + sum(len(wrong_answers(row)) for row in rows) for name, rows in sets.items()}
     total, done = sum(work.values()), 0
-    results: dict[str, dict[str, object]] = {}
-    terms: dict[Average, list[float]] = {average: [] for average in _AVERAGES}
-    forget_ratios: dict[Average, list[float]] = {}
+    values: dict[str, TofuValues] = {}
     for name, rows in sets.items():
-        part = part_of(progress, done, total)
+        part = part_of(renamed(progress, lambda _: "tofu"), done, total)
         scores = evaluate(
             model,
             tokenizer,
@@ -196,32 +130,87 @@ def tofu_suite(
             template=template,
             progress=part_of(part, 0, total),
         )
-        right_nlls, wrong_nlls = _option_nlls(
-            model, tokenizer, rows, batch_size, template, part_of(part, 2 * len(rows), total)
-        )
+        nlls = _option_nlls(model, tokenizer, rows, batch_size, template, part_of(part, 2 * len(rows), total))
+        values[name] = TofuValues(scores.values, *nlls)
         done += work[name]
+    return tofu_figures(values, reference=reference)
+
+
+def check_tofu(sets: Mapping[str, Sequence[Row]], *, quality: bool = False) -> None:
+    """Raise if the suite could not be computed from these rows, before anything is generated, which takes long.
+
+    Args:
+        sets: As in `tofu_suite`.
+        quality: Whether the forget quality is asked for.
+
+    Raises:
+        ValueError: If a set is missing, unknown or empty.
+        DataError: If a row has no wrong answers.
+        ImportError: If the package `rouge-score`, or `scipy` for the forget quality, is not installed.
+    """
+    _check_sets({name: len(rows) for name, rows in sets.items()})
+    for rows in sets.values():
+        for row in rows:
+            wrong_answers(row)
+    check_rouge()
+    if quality:
+        check_scipy()
+
+
+def tofu_figures(
+    values: Mapping[str, TofuValues], *, reference: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, object]:
+    """Return the result of `tofu_suite` from values that were measured before, by whatever program.
+
+    Args:
+        values: Those of "forget", "retain", "real_authors" and "world_facts".
+        reference: As in `tofu_suite`.
+
+    Raises:
+        ValueError: If a set is missing, unknown or empty, or the values of a set are not one for each row.
+        ImportError: If the package `scipy` is not installed, with a reference.
+
+    Examples:
+        >>> scores = {"nll": [0.5], "probability": [0.6], "rouge_l_recall": [1.0]}
+        >>> values = TofuValues(scores, right_nlls=[0.5], wrong_nlls=[[2.5, 3.5]])
+        >>> sets = ("forget", "retain", "real_authors", "world_facts")
+        >>> round(tofu_figures({name: values for name in sets})["model_utility"]["geometric"], 4)
+        0.8733
+    """
+    _check_sets({name: len(part.right_nlls) for name, part in values.items()})
+    results: dict[str, dict[str, object]] = {}
+    terms: dict[Average, list[float]] = {average: [] for average in AVERAGES}
+    forget_ratios: dict[Average, list[float]] = {}
+    for name, part in values.items():
+        part.check(name)
         ratios: dict[Average, list[float]] = {
-            average: [log_truth_ratio(*nlls, average) for nlls in zip(right_nlls, wrong_nlls, strict=True)]
-            for average in _AVERAGES
+            average: [log_truth_ratio(*nlls, average) for nlls in zip(part.right_nlls, part.wrong_nlls, strict=True)]
+            for average in AVERAGES
         }
-        truth = {average: truth_ratio_score(values, forget=name == "forget") for average, values in ratios.items()}
-        means = scores.means
-        options = [option_probability(*nlls) for nlls in zip(scores.values["nll"], wrong_nlls, strict=True)]
+        truth = {average: truth_ratio_score(logs, forget=name == "forget") for average, logs in ratios.items()}
+        means = {measure: mean(of_rows) for measure, of_rows in part.scores.items()}
+        options = [option_probability(*nlls) for nlls in zip(part.scores["nll"], part.wrong_nlls, strict=True)]
         utility_probability = mean(options) if name in _OPTION_SETS else means["probability"]
         results[name] = {**means, "truth_ratio": truth, "utility_probability": utility_probability}
         if name == "forget":
             forget_ratios = ratios
         else:
-            for average in _AVERAGES:
+            for average in AVERAGES:
                 terms[average] += [utility_probability, means["rouge_l_recall"], truth[average]]
     return {
-        "model_utility": {average: harmonic_mean(values) for average, values in terms.items()},
+        "model_utility": {average: harmonic_mean(of_sets) for average, of_sets in terms.items()},
         "forget_quality": None
         if reference is None
-        else {average: forget_quality(forget_ratios[average], reference[average]) for average in _AVERAGES},
+        else {average: forget_quality(forget_ratios[average], reference[average]) for average in AVERAGES},
         "log_truth_ratios": forget_ratios,
         "sets": results,
     }
+
+
+def _check_sets(sizes: Mapping[str, int]) -> None:
+    known = {"forget", *_UTILITY_SETS}
+    if set(sizes) != known or not all(sizes.values()):
+        raise ValueError(problem(f"The sets have {dict(sizes)} rows", f"some in each of {sorted(known)}"))
 
 
 def _option_nlls(
@@ -236,6 +225,8 @@ def _option_nlls(
     right = [replace(row, answer=str(row.extra.get("paraphrased_answer") or row.answer)) for row in rows]
     wrong = [[replace(row, answer=text) for text in wrong_answers(row)] for row in rows]
     examples = encode([*right, *(option for options in wrong for option in options)], tokenizer, template=template)
-    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer), progress=progress)["nll"]
+    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=progress)[
+        "nll"
+    ]
     remaining = iter(nlls[len(rows) :])
     return nlls[: len(rows)], [[next(remaining) for _ in options] for options in wrong]

@@ -29,7 +29,7 @@ def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = 
         inputs: What the work reads; names that are no files or folders are passed over.
 
     Raises:
-        FileExistsError: If `folder` exists and `force` is not given, holds an input, or was not written by this package.
+        FileExistsError: If `folder` exists and `force` is not given, holds an input, or is no result of this package.
         NotADirectoryError: If `folder` is a file, or lies in one.
         PermissionError: If the parent folder cannot be written to.
     """
