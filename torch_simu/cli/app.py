@@ -17,7 +17,9 @@ except ImportError as error:
 from torch_simu.cli.console import progress_bars, show_report
 from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.cli.patch import app as patch_app
-from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
+from torch_simu.unlearning.config import METHODS, RULES, MethodName, Rule, UnlearnConfig
+from torch_simu.unlearning.metrics.suites import SUITES
+from torch_simu.unlearning.objectives import OBJECTIVES
 from torch_simu.unlearning.report.folder import check_writable, whole_folder
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
@@ -80,10 +82,10 @@ def unlearn(
     out: Out,
     world: Annotated[str | None, typer.Option(help="Rows that are measured only, in no batch.")] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "simu_graddiff",
-    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = "grad_diff",
+    objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = "grad_diff",
     lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = 1e-3,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 2.0,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = "contrast",
+    rule: Annotated[str, typer.Option(help=f"Choice of neurons: {', '.join(RULES)}.")] = "contrast",
     fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = 0.1,
     threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
     attention: Annotated[str, typer.Option(help="Attention projections: frozen or full.")] = "frozen",
@@ -104,7 +106,7 @@ def unlearn(
         objective=objective,
         lr=lr,
         retain_weight=retain_weight,
-        rule=cast("Literal['contrast', 'top', 'threshold']", rule),
+        rule=cast("Rule", rule),
         fraction=fraction,
         threshold=threshold,
         attention=cast("Literal['frozen', 'full']", attention),
@@ -141,7 +143,7 @@ def evaluate(
     forget: Forget,
     retain: Retain,
     reference: Annotated[str | None, typer.Option(help="A model that never saw the forget set.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Also measure as a benchmark does: tofu or lume.")] = None,
+    suite: Annotated[str | None, typer.Option(help=f"Also measure as a benchmark does: {', '.join(SUITES)}.")] = None,
     real_authors: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     world_facts: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
@@ -183,7 +185,7 @@ def attribute(
     forget: Forget,
     out: Out,
     retain: Annotated[str | None, typer.Option(help="Rows to contrast with.")] = None,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast (needs --retain), top or threshold.")] = "top",
+    rule: Annotated[str, typer.Option(help=f"Choice of neurons: {', '.join(RULES)}; contrast needs --retain.")] = "top",
     fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = 0.1,
     threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Path steps.")] = 10,
@@ -195,7 +197,7 @@ def attribute(
 ) -> None:
     """Score every neuron on the forget set, and save scores, selection and a heat map."""
     config = UnlearnConfig(
-        rule=cast("Literal['contrast', 'top', 'threshold']", rule),
+        rule=cast("Rule", rule),
         fraction=fraction,
         threshold=threshold,
         attribution_steps=steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,8 +19,7 @@ from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
 from torch_simu.unlearning.metrics.evaluate import evaluate
-from torch_simu.unlearning.metrics.lume import lume_suite
-from torch_simu.unlearning.metrics.tofu import tofu_suite
+from torch_simu.unlearning.metrics.suites import SUITES, Figures
 from torch_simu.unlearning.progress import Progress
 from torch_simu.unlearning.report.folder import check_writable, whole_folder
 from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
@@ -181,12 +179,12 @@ def evaluate_job(
         OSError: If `out` exists and `force` is not given.
     """
     if suite is not None:
-        check_choice("suite", suite, ("tofu", "lume"))
+        check_choice("suite", suite, tuple(SUITES))
     if out is not None and out.exists() and not force:
         raise FileExistsError(problem(f"File {str(out)!r} exists", "a new file", "Use --force to replace it."))
     rows = _rows(sets)
     methods: dict[str, MethodResult] = {}
-    suites: dict[str, dict[str, object]] = {}
+    suites: dict[str, Figures] = {}
     # The reference comes first: TOFU's forget quality compares the model with it.
     named = ({} if reference is None else {"reference": reference}) | {"model": model}
     for name, source in named.items():
@@ -199,23 +197,18 @@ def evaluate_job(
         def tell(done: int, total: int, stage: str = f"{suite} {name}") -> None:
             progress(stage, done, total)
 
-        if suite == "lume":
-            suites[name] = lume_suite(
-                net, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens or 256, progress=tell
-            )
-        else:
-            ratios = cast("Mapping[str, list[float]] | None", suites.get("reference", {}).get("log_truth_ratios"))
-            suites[name] = tofu_suite(
-                net,
-                tokenizer,
-                rows,
-                reference=ratios,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens or 200,
-                progress=tell,
-            )
+        chosen = SUITES[suite]
+        suites[name] = chosen.measure(
+            net,
+            tokenizer,
+            rows,
+            reference=suites.get("reference"),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or chosen.max_new_tokens,
+            progress=tell,
+        )
     report = Report("torch-simu evaluate", 0, methods, {"sets": dict(sets), "suite": suite})
-    figures = _headlines(suites.get("model", {}))
+    figures = {} if suite is None else SUITES[suite].shown(suites["model"])
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
     return report, figures
@@ -250,13 +243,3 @@ def _measures(
         ).means
         before += 2 * len(part)
     return measures
-
-
-def _headlines(suite: Mapping[str, object]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for name, value in suite.items():
-        if isinstance(value, Mapping) and name in ("model_utility", "forget_quality"):
-            figures |= {f"{name} ({average})": figure for average, figure in value.items()}
-        elif isinstance(value, float):
-            figures[name] = value
-    return figures

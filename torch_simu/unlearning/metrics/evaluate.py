@@ -10,7 +10,7 @@ from torch_simu._checks import problem
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.generation import contains_answer, equals_answer, generate_answers, rouge_l_recall
+from torch_simu.unlearning.metrics.generation import TEXT_MEASURES, generate_answers, rouge_l_recall
 from torch_simu.unlearning.metrics.scoring import Progress, score_answers
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def evaluate(
     )
     answers = [row.answer for row in rows]
     pairs = list(zip(generations, answers, strict=True))
-    values["qa_exact_match"] = [float(equals_answer(text, answer)) for text, answer in pairs]
-    values["qa_containment"] = [float(contains_answer(text, answer)) for text, answer in pairs]
+    for name, measure in TEXT_MEASURES.items():
+        values[name] = [float(measure(text, answer)) for text, answer in pairs]
     if rouge:
         values["rouge_l_recall"] = rouge_l_recall(generations, answers)
     return Scores(values, tuple(generations))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -116,6 +117,12 @@ def contains_answer(generated: str, answer: str) -> bool:
         False
     """
     return f" {normalized(answer)} " in f" {normalized(generated)} "
+
+
+TEXT_MEASURES: Mapping[str, Callable[[str, str], float]] = MappingProxyType(
+    {"qa_exact_match": equals_answer, "qa_containment": contains_answer}
+)
+"""Measure -> its value for a generated text and an answer."""
 
 
 def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[float]:

@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 from torch_simu._files import replacing
 
 Measures = Mapping[str, float]
-"""`em`, `es`, `probability` and `qa_exact_match` of one set, each in [0, 1]."""
+"""The `MEASURES` of one set, each in [0, 1]."""
 
-MEASURES = ("em", "es", "probability", "qa_exact_match")
-_TITLES = ("EM", "ES", "prob.", "QA")
+MEASURES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "em": ("EM", "exact memorization"),
+        "es": ("ES", "extraction strength"),
+        "probability": ("prob.", "probability of the answer"),
+        "qa_exact_match": ("QA", "generated answer equals the true one"),
+    }
+)
+"""Measure of every set of a report -> title of its column, and what it is."""
+
 _PACKAGES = ("torch-simu", "torch", "transformers")
 
 
@@ -80,7 +89,7 @@ class Report:
     def header(self) -> list[str]:
         """Return the titles of the table's columns."""
         sets = next(iter(self.methods.values())).sets
-        measures = [f"{name} {title}" for name in sets for title in _TITLES]
+        measures = [f"{name} {title}" for name in sets for title, _ in MEASURES.values()]
         return ["method", *measures, "changed", "state", "steps", "seconds"]
 
     def rows(self) -> list[list[str]]:
@@ -103,8 +112,7 @@ class Report:
         lines = [
             f"# {self.title}",
             "",
-            f"Seed {self.seed}. EM: exact memorization, ES: extraction strength, prob.: probability of the answer, "
-            "QA: generated answer equals the true one.",
+            f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in MEASURES.values())}.",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
