@@ -47,7 +47,9 @@ class MethodResult:
 
     def to_json(self) -> dict[str, object]:
         """Return the row as JSON knows it."""
-        sets = {name: {key: measures[key] for key in MEASURES} for name, measures in self.sets.items()}
+        sets = {
+            name: {key: measures[key] for key in MEASURES if key in measures} for name, measures in self.sets.items()
+        }
         return {
             **sets,
             "changed_share": self.changed_share,
@@ -86,10 +88,15 @@ class Report:
             "notes": list(self.notes),
         }
 
+    def measures(self) -> dict[str, tuple[str, str]]:
+        """Return those of `MEASURES` that were measured of every set."""
+        sets = [measures for result in self.methods.values() for measures in result.sets.values()]
+        return {key: titles for key, titles in MEASURES.items() if all(key in measures for measures in sets)}
+
     def header(self) -> list[str]:
         """Return the titles of the table's columns."""
         sets = next(iter(self.methods.values())).sets
-        measures = [f"{name} {title}" for name in sets for title, _ in MEASURES.values()]
+        measures = [f"{name} {title}" for name in sets for title, _ in self.measures().values()]
         return ["method", *measures, "changed", "state", "steps", "seconds"]
 
     def rows(self) -> list[list[str]]:
@@ -97,7 +104,7 @@ class Report:
         return [
             [
                 name,
-                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in MEASURES),
+                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in self.measures()),
                 f"{100 * result.changed_share:.3g} %",
                 readable_bytes(result.optimizer_bytes),
                 str(result.steps),
@@ -112,7 +119,7 @@ class Report:
         lines = [
             f"# {self.title}",
             "",
-            f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in MEASURES.values())}.",
+            f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in self.measures().values())}.",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
