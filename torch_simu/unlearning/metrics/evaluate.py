@@ -84,8 +84,8 @@ def evaluate(
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token=".")
         >>> sizes = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
-        >>> sorted(evaluate(model, tokenizer, [Row("Where?", "Rome")], rouge=False).means)
-        ['em', 'es', 'nll', 'probability', 'qa_containment', 'qa_exact_match']
+        >>> "qa_exact_match" in evaluate(model, tokenizer, [Row("Where?", "Rome")], rouge=False).means
+        True
     """
     if not rows:
         raise ValueError(problem("There is no row to evaluate", "at least one"))
