@@ -41,6 +41,7 @@ APPLICATION_FLOORS = {
     "progress": 1,
     "config": 2,
     "metrics": 2,
+    "refresh": 2,
     "report": 2,
     "localization": 3,
     "steps": 3,
@@ -53,9 +54,11 @@ APPLICATION_FLOORS = {
 MOST_LINES, MOST_FILES = 300, 12
 TO_BE_SPLIT = {
     "tests/attribution/test_attribution.py",
+    "tests/attribution/test_attribution_model.py",
     "tests/deltas/test_deltas.py",
     "tests/distributed/distributed_run.py",
     "tests/optimizer/test_optimizer_torch.py",
+    "tests/patch/test_checkpoint_layouts.py",
     "tests/patch/test_patch.py",
     "tests/unlearning/data/test_data.py",
     "tests/unlearning/metrics/test_metrics.py",

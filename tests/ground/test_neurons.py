@@ -241,7 +241,7 @@ class TestFiles:
 
     def test_another_kind_of_file_is_refused(self, tmp_path):
         save_tensors(tmp_path / "s", "Attribution", {}, {})
-        with pytest.raises(ValueError, match=r"has kind 'Attribution', version 1, expected .* 'NeuronSelection'"):
+        with pytest.raises(ValueError, match=r"has kind 'Attribution', version 2, expected .* 'NeuronSelection'"):
             NeuronSelection.load(tmp_path / "s")
 
     def test_a_pickle_is_refused_and_not_executed(self, tmp_path):
