@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from torch import nn
 
 from tests import laws
-from tests.fake_cuda import Tape
+from tests.optimizer.fake_cuda import Tape
 from tests.strategies import float_dtypes, layers, normal, options, seeds
 from torch_simu import SIMUOptimizer
 

@@ -231,7 +231,7 @@ def test_objectives_are_their_formula(memorized):
     ("options", "message"),
     [
         ({"method": "simu_gradif"}, "method is 'simu_gradif', expected one of .*Did you mean 'simu_graddiff'"),
-        ({"objective": "npo"}, "objective is 'npo', expected one of 'grad_diff', 'grad_ascent'"),
+        ({"objective": "ascent"}, "objective is 'ascent', expected one of 'grad_diff', 'grad_ascent'"),
         ({"fraction": 0.0}, r"fraction is 0.0, expected a finite number in \(0, 1\]"),
         ({"threshold": 1.0}, "threshold is 1.0"),
         ({"max_steps": 0}, "max_steps is 0, expected a whole number >= 1"),

@@ -19,7 +19,9 @@ from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
 from torch_simu.cli.patch import app as patch_app
-from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
+from torch_simu.unlearning.config import METHODS, RULES, MethodName, Rule, UnlearnConfig
+from torch_simu.unlearning.metrics.suites import SUITES
+from torch_simu.unlearning.objectives import OBJECTIVES
 from torch_simu.unlearning.report.folder import check_writable, locked, whole_folder
 from torch_simu.unlearning.report.plots import check_plots
 
@@ -94,10 +96,10 @@ def unlearn(
     out: Out,
     world: Annotated[str | None, typer.Option(help="Rows that are measured only, in no batch.")] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = _RUN.method,
-    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = _RUN.objective,
+    objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = _RUN.objective,
     lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = _RUN.lr,
     retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = _RUN.retain_weight,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = _RUN.rule,
+    rule: Annotated[str, typer.Option(help=f"Choice of neurons: {', '.join(RULES)}.")] = _RUN.rule,
     fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = _RUN.fraction,
     threshold: Annotated[
         float, typer.Option(help="Share of the largest score, for --rule threshold.")
@@ -124,7 +126,7 @@ def unlearn(
         objective=objective,
         lr=lr,
         retain_weight=retain_weight,
-        rule=cast("Literal['contrast', 'top', 'threshold']", rule),
+        rule=cast("Rule", rule),
         fraction=fraction,
         threshold=threshold,
         attention=cast("Literal['frozen', 'full']", attention),
@@ -162,7 +164,7 @@ def evaluate(
     forget: Forget,
     retain: Retain,
     reference: Annotated[str | None, typer.Option(help="A model that never saw the forget set.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Also measure as a benchmark does: tofu or lume.")] = None,
+    suite: Annotated[str | None, typer.Option(help=f"Also measure as a benchmark does: {', '.join(SUITES)}.")] = None,
     real_authors: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     world_facts: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
@@ -201,7 +203,7 @@ def attribute(
     forget: Forget,
     out: Out,
     retain: Annotated[str | None, typer.Option(help="Rows to contrast with.")] = None,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast (needs --retain), top or threshold.")] = "top",
+    rule: Annotated[str, typer.Option(help=f"Choice of neurons: {', '.join(RULES)}; contrast needs --retain.")] = "top",
     fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = _RUN.fraction,
     threshold: Annotated[
         float, typer.Option(help="Share of the largest score, for --rule threshold.")
@@ -215,7 +217,7 @@ def attribute(
 ) -> None:
     """Score every neuron on the forget set, and save scores, selection and a heat map."""
     config = UnlearnConfig(
-        rule=cast("Literal['contrast', 'top', 'threshold']", rule),
+        rule=cast("Rule", rule),
         fraction=fraction,
         threshold=threshold,
         attribution_steps=steps,

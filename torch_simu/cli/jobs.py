@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,8 +20,7 @@ from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
-from torch_simu.unlearning.metrics.lume import lume_suite
-from torch_simu.unlearning.metrics.tofu import tofu_suite
+from torch_simu.unlearning.metrics.suites import SUITES, Figures
 from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
@@ -203,13 +201,13 @@ def evaluate_job(
         OSError: If `out` exists and `force` is not given.
     """
     if suite is not None:
-        check_choice("suite", suite, ("tofu", "lume"))
+        check_choice("suite", suite, tuple(SUITES))
     loading, measuring = loading or Loading(), measuring or Measuring()
     if out is not None:
         check_new_file(out, force=force, inputs=[model, *sets.values()])
     rows = _rows(sets)
     methods: dict[str, MethodResult] = {}
-    suites: dict[str, dict[str, object]] = {}
+    suites: dict[str, Figures] = {}
     # The reference comes first: TOFU's forget quality compares the model with it.
     named = ({} if reference is None else {"reference": reference}) | {"model": model}
     for name, source in named.items():
@@ -218,19 +216,18 @@ def evaluate_job(
         if suite is None:
             continue
 
-        told = renamed(progress, lambda _, stage=f"{suite} {name}": stage)  # type: ignore[misc]
-        size, longest = measuring.batch_size, measuring.max_new_tokens
-        if suite == "lume":
-            suites[name] = lume_suite(
-                net, tokenizer, rows, batch_size=size, max_new_tokens=longest or 256, progress=told
-            )
-        else:
-            ratios = cast("Mapping[str, list[float]] | None", suites.get("reference", {}).get("log_truth_ratios"))
-            suites[name] = tofu_suite(
-                net, tokenizer, rows, reference=ratios, batch_size=size, max_new_tokens=longest or 200, progress=told
-            )
+        chosen = SUITES[suite]
+        suites[name] = chosen.measure(
+            net,
+            tokenizer,
+            rows,
+            reference=suites.get("reference"),
+            batch_size=measuring.batch_size,
+            max_new_tokens=measuring.max_new_tokens or chosen.max_new_tokens,
+            progress=renamed(progress, f"{suite} {name}".format),
+        )
     report = Report("torch-simu evaluate", 0, methods, {"sets": dict(sets), "suite": suite})
-    figures = _headlines(suites.get("model", {}))
+    figures = {} if suite is None else SUITES[suite].shown(suites["model"])
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
     return report, figures
@@ -264,13 +261,3 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _headlines(suite: Mapping[str, object]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for name, value in suite.items():
-        if isinstance(value, Mapping) and name in ("model_utility", "forget_quality"):
-            figures |= {f"{name} ({average})": figure for average, figure in value.items()}
-        elif isinstance(value, float):
-            figures[name] = value
-    return figures

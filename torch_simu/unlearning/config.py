@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from torch_simu._checks import check_choice, check_count, check_number
 from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_WEIGHT
@@ -16,6 +16,11 @@ Where = Literal["all", "critical", "random", "every_neuron", "attention"]
 
 MethodName = Literal["fo_graddiff", "so_graddiff", "simu_graddiff", "random_neurons", "all_neurons", "attention_only"]
 """The methods, under the names they have in reports."""
+
+Rule = Literal["contrast", "top", "threshold"]
+"""How critical neurons are chosen; `choose_neurons` says what each does."""
+
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyType(
     {
@@ -36,7 +41,7 @@ class UnlearnConfig:
 
     Args:
         method: What is updated and how; see `METHODS`.
-        objective: What is descended: "grad_diff" or "grad_ascent".
+        objective: What is descended: one of `torch_simu.unlearning.objectives.OBJECTIVES`.
         retain_weight: Weight of the retain loss.
         rule: How critical neurons are chosen: "contrast" (forget score against retain score), "top" (largest forget
             scores), both up to `fraction`; or "threshold" (the paper's rule, share of the layer's largest score).
@@ -77,7 +82,7 @@ class UnlearnConfig:
     method: MethodName = "simu_graddiff"
     objective: str = "grad_diff"
     retain_weight: float = RETAIN_WEIGHT
-    rule: Literal["contrast", "top", "threshold"] = "contrast"
+    rule: Rule = "contrast"
     fraction: float = 0.1
     threshold: float = 0.3
     scope: Literal["layer", "global"] = "layer"
@@ -106,7 +111,7 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, tuple(METHODS))
         check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("rule", self.rule, ("contrast", "top", "threshold"))
+        check_choice("rule", self.rule, RULES)
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("attention", self.attention, ("frozen", "full"))
         check_number("fraction", self.fraction, high=1.0, low_open=True)

@@ -99,7 +99,7 @@ def unlearn(
         if not examples:
             raise ValueError(problem(f"The {name} set is empty", "at least one example"))
         check_fits(model, examples)
-    objective = objective or make_objective(config.objective, retain_weight=config.retain_weight)
+    objective = objective or make_objective(config.objective, retain_weight=config.retain_weight, model=model)
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0
     saved = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -104,15 +104,27 @@ class GradDiff:
         yield Term("retain", self.retain_weight, mean_answer_nll(model, retain), "retain tokens")
 
 
-_NAMED: Mapping[str, type[GradAscent] | type[GradDiff]] = MappingProxyType(
-    {"grad_diff": GradDiff, "grad_ascent": GradAscent}
+_NAMED: Mapping[str, Callable[[PreTrainedModel | None, float], Objective]] = MappingProxyType(
+    {
+        "grad_diff": lambda model, retain_weight: GradDiff(retain_weight),
+        "grad_ascent": lambda model, retain_weight: GradAscent(),
+    }
 )
+"""Name -> objective, of the model as it is before the first step and the weight of the retain loss."""
+
 OBJECTIVES = tuple(_NAMED)
 """The names that `make_objective` knows."""
 
 
-def make_objective(name: str, *, retain_weight: float = RETAIN_WEIGHT) -> Objective:
-    """Make an objective by name; `retain_weight` goes to those that have a retain term.
+def make_objective(
+    name: str, *, retain_weight: float = RETAIN_WEIGHT, model: PreTrainedModel | None = None
+) -> Objective:
+    """Make an objective by name.
+
+    Args:
+        name: One of `OBJECTIVES`.
+        retain_weight: Weight of the retain loss, for those that have one.
+        model: The model as it is before the first step, for those that compare with it.
 
     Raises:
         ValueError: If the name is unknown; the message lists the known ones.
@@ -121,5 +133,4 @@ def make_objective(name: str, *, retain_weight: float = RETAIN_WEIGHT) -> Object
         >>> make_objective("grad_diff", retain_weight=2.0)
         GradDiff(retain_weight=2.0)
     """
-    kind = _NAMED[check_choice("objective", name, OBJECTIVES)]
-    return GradDiff(retain_weight) if kind is GradDiff else kind()
+    return _NAMED[check_choice("objective", name, OBJECTIVES)](model, retain_weight)

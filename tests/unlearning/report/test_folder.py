@@ -60,6 +60,18 @@ def test_the_report_has_a_row_per_method_and_shows_its_plots():
     assert "![curve a](curve_a.png)" in page and "A note." in page and "Seed 4." in page
 
 
+def test_a_column_is_shown_where_every_set_was_measured():
+    whole, less = {"em": 1.0, "es": 0.5, "probability": 0.25}, {"em": 0.0, "probability": 0.5, "nll": 3.0}
+    report = Report("Title", 0, {"model": MethodResult({"forget": whole, "retain": less})})
+    assert report.header() == [
+        *("method", "forget EM", "forget prob.", "retain EM", "retain prob."),
+        *("changed", "state", "steps", "seconds"),
+    ]
+    assert report.rows()[0][1:5] == ["1.000", "0.250", "0.000", "0.500"]
+    assert "EM: exact memorization, prob.: probability of the answer." in report.to_markdown()
+    assert report.to_json()["methods"]["model"]["forget"] == whole
+
+
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (2.5e9, "2.5 GB"), (3e12, "3 TB")])
 def test_bytes_are_readable(count, text):
     assert readable_bytes(int(count)) == text

@@ -10,13 +10,7 @@ from torch_simu._checks import problem
 from torch_simu.unlearning.data.examples import Template, encode
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.metrics.generation import (
-    check_rouge,
-    contains_answer,
-    equals_answer,
-    generate_answers,
-    rouge_l_recall,
-)
+from torch_simu.unlearning.metrics.generation import TEXT_MEASURES, check_rouge, generate_answers, rouge_l_recall
 from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.progress import Progress, part_of, renamed
 
@@ -92,8 +86,8 @@ def evaluate(
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token=".")
         >>> sizes = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
-        >>> sorted(evaluate(model, tokenizer, [Row("Where?", "Rome")], rouge=False).means)
-        ['em', 'es', 'nll', 'probability', 'qa_containment', 'qa_exact_match']
+        >>> "qa_exact_match" in evaluate(model, tokenizer, [Row("Where?", "Rome")], rouge=False).means
+        True
     """
     if not rows:
         raise ValueError(problem("There is no row to evaluate", "at least one"))
@@ -116,8 +110,8 @@ def evaluate(
         progress=part_of(progress, len(rows), total),
     )
     pairs = list(zip(generations, [row.answers for row in rows], strict=True))
-    values["qa_exact_match"] = [float(any(equals_answer(text, one) for one in answers)) for text, answers in pairs]
-    values["qa_containment"] = [float(any(contains_answer(text, one) for one in answers)) for text, answers in pairs]
+    for name, measure in TEXT_MEASURES.items():
+        values[name] = [float(max(measure(text, one) for one in answers)) for text, answers in pairs]
     if rouge:
         recalls = iter(rouge_l_recall(*zip(*((text, one) for text, answers in pairs for one in answers), strict=True)))
         values["rouge_l_recall"] = [max(next(recalls) for _ in answers) for _, answers in pairs]

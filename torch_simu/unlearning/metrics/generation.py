@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -125,6 +126,12 @@ def contains_answer(generated: str, answer: str) -> bool:
         False
     """
     return f" {normalized(answer)} " in f" {normalized(generated)} "
+
+
+TEXT_MEASURES: Mapping[str, Callable[[str, str], float]] = MappingProxyType(
+    {"qa_exact_match": equals_answer, "qa_containment": contains_answer}
+)
+"""Measure -> its value for a generated text and an answer."""
 
 
 def check_rouge() -> None:

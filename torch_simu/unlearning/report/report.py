@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 
 from torch_simu._files import replacing
 
 Measures = Mapping[str, float]
-"""`em`, `es`, `probability` and `qa_exact_match` of one set, each in [0, 1]."""
+"""The `MEASURES` of one set, each in [0, 1]."""
 
-MEASURES = ("em", "es", "probability", "qa_exact_match")
-_TITLES = ("EM", "ES", "prob.", "QA")
+MEASURES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "em": ("EM", "exact memorization"),
+        "es": ("ES", "extraction strength"),
+        "probability": ("prob.", "probability of the answer"),
+        "qa_exact_match": ("QA", "generated answer equals the true one"),
+    }
+)
+"""Measure of every set of a report -> title of its column, and what it is."""
+
 _PACKAGES = ("torch-simu", "torch", "transformers")
 
 
@@ -38,7 +47,9 @@ class MethodResult:
 
     def to_json(self) -> dict[str, object]:
         """Return the row as JSON knows it."""
-        sets = {name: {key: measures[key] for key in MEASURES} for name, measures in self.sets.items()}
+        sets = {
+            name: {key: measures[key] for key in MEASURES if key in measures} for name, measures in self.sets.items()
+        }
         return {
             **sets,
             "changed_share": self.changed_share,
@@ -80,10 +91,15 @@ class Report:
             **({} if self.reached is None else {"reached": self.reached}),
         }
 
+    def measures(self) -> dict[str, tuple[str, str]]:
+        """Return those of `MEASURES` that were measured of every set."""
+        sets = [measures for result in self.methods.values() for measures in result.sets.values()]
+        return {key: titles for key, titles in MEASURES.items() if all(key in measures for measures in sets)}
+
     def header(self) -> list[str]:
         """Return the titles of the table's columns."""
         sets = next(iter(self.methods.values())).sets
-        measures = [f"{name} {title}" for name in sets for title in _TITLES]
+        measures = [f"{name} {title}" for name in sets for title, _ in self.measures().values()]
         return ["method", *measures, "changed", "state", "steps", "seconds"]
 
     def rows(self) -> list[list[str]]:
@@ -91,7 +107,7 @@ class Report:
         return [
             [
                 name,
-                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in MEASURES),
+                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in self.measures()),
                 f"{100 * result.changed_share:.3g} %",
                 readable_bytes(result.optimizer_bytes),
                 str(result.steps),
@@ -106,8 +122,7 @@ class Report:
         lines = [
             f"# {self.title}",
             "",
-            f"Seed {self.seed}. EM: exact memorization, ES: extraction strength, prob.: probability of the answer, "
-            "QA: generated answer equals the true one.",
+            f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in self.measures().values())}.",
             "",
             "| " + " | ".join(header) + " |",
             "|" + "---|" * len(header),
@@ -146,8 +161,11 @@ def bargain(before: MethodResult, after: MethodResult, target: float | None, *, 
     notes = [f"Made {after.steps} steps." if target is None else first]
     for name, measures in before.sets.items():
         if name != "forget":
-            pairs = zip(_TITLES, MEASURES, strict=True)
-            moves = [f"{title} {measures[key]:.3f} -> {after.sets[name][key]:.3f}" for title, key in pairs]
+            moves = [
+                f"{title} {measures[key]:.3f} -> {after.sets[name][key]:.3f}"
+                for key, (title, _) in MEASURES.items()
+                if key in measures
+            ]
             notes.append(f"Kept of {name}: {', '.join(moves)}.")
     return notes
 
