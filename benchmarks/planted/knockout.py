@@ -43,7 +43,8 @@ def scores_of(model: PreTrainedModel, sets: dict[str, list[Example]], pad: int) 
     """The scores that are compared, and the stability of the exact ones."""
 
     def exact(examples: list[Example], objective: str = "logprob") -> Attribution:
-        return attribute_neurons(model, batches_in_order(examples, 32, pad), objective=objective, steps=10)
+        batches = batches_in_order(examples, 32, pad)
+        return attribute_neurons(model, batches, objective=objective, steps=10, max_completeness_error=None)
 
     forget = sets["forget"]
     halves = exact(forget[::2]), exact(forget[1::2])
@@ -114,8 +115,7 @@ def main() -> None:
     write_result(
         options.out,
         force=options.force,
-        claim="Neurons that support the log-likelihood of the forget set hold it: without them it is lost. Those that "
-        "the literal loss selects are not missed.",
+        claim="knockout",
         command=command(),
         environment=environment(),
         seeds=options.seeds,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_simu._checks import check_choice, check_number
 from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
-from torch_simu.attribution.completeness import check_complete
+from torch_simu.attribution.completeness import check_complete, warn_incomplete
 from torch_simu.attribution.frozen import frozen
 from torch_simu.attribution.methods.decode import decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
@@ -26,7 +26,7 @@ from torch_simu.attribution.path import Objective, Path, Rule
 from torch_simu.attribution.positions import fresh_positions
 from torch_simu.attribution.sequences import ScoredSequence, collect_sequences, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
-from torch_simu.layers import Selector, num_neurons, select_layers
+from torch_simu.layers import Selector, check_kind, num_neurons, select_layers
 
 MethodName = Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"]
 """How to attribute: the first three after "auto" are exact, the last two approximate, "auto" is the best exact one."""
@@ -101,7 +101,7 @@ def attribute_neurons(
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
             cannot be exact on this model, `resume` holds another attribution, or the processes of `group` were given
             different things.
-        TypeError: If a batch is no mapping of whole-number tensors.
+        TypeError: If a batch is no mapping of whole-number tensors, or a layer is of a kind without neurons.
         KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
 
     Warns:
@@ -124,6 +124,8 @@ def attribute_neurons(
         check_number("max_completeness_error", max_completeness_error)
     check_choice("method", method, ("auto", *_METHODS))
     layers = select_layers(model, select)
+    for name, module in layers.items():
+        check_kind(name, module)
     sequences = collect_sequences(batches)
     with frozen(model), fresh_positions(model):
         chosen = _chosen(model, sequences, layers, path, method)
@@ -135,14 +137,15 @@ def attribute_neurons(
             "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "model": config_hash(model),
             "weights": weights_hash(model),
-            "data": data_hash(sequences),
         }
         configuration = {**provenance, "layers": list(layers)}
+        # Compared, and kept out of the provenance: a hash of few possible texts tells which of them it was.
+        data = data_hash(sequences)
         mine = sequences
         if group is not None:
-            mine = share_of(sequences, repr(configuration), group)
+            mine = share_of(sequences, repr((configuration, data)), group)
             configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
-        checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration)
+        checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration, data)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
         fresh = Partial({name: LayerSum(torch.zeros(size, dtype=torch.float64)) for name, size in sizes.items()})
         partial = checkpoint.load(fresh)
@@ -162,6 +165,7 @@ def attribute_neurons(
     # Before the file goes: with another bound, a second call needs no second attribution.
     if max_completeness_error is not None:
         check_complete(attribution, max_completeness_error)
+        warn_incomplete(attribution)
     checkpoint.remove()
     return attribution
 

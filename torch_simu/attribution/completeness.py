@@ -23,28 +23,45 @@ class IncompleteError(ValueError):
         self.attribution = attribution
 
 
-def check_complete(attribution: Attribution, limit: float) -> None:
-    """Warn of a layer that misses more than 1 % of what it explains, and refuse one that misses more than `limit`.
+def check_complete(attribution: Attribution, limit: float = 0.2) -> None:
+    """Refuse scores of a layer that miss more than a share of the change that they explain.
+
+    Args:
+        attribution: The scores.
+        limit: The largest `Attribution.incompleteness` that is not refused.
 
     Raises:
-        IncompleteError: If one misses more than `limit`.
+        IncompleteError: If a layer misses more.
 
-    Warns:
-        UserWarning: If one misses more than 1 %.
+    Examples:
+        >>> scores = {"mlp": torch.tensor([1.0, 2.0]).double()}
+        >>> check_complete(Attribution(scores, {"mlp": -0.5}, 1, {}, change_size={"mlp": 3.5}))
+        >>> check_complete(Attribution(scores, {"mlp": -7.0}, 1, {}, change_size={"mlp": 10.0}))
+        Traceback (most recent call last):
+        torch_simu.attribution.completeness.IncompleteError: The scores of layer 'mlp' miss 70.0% of the change that ...
     """
-    found = attribution.incompleteness
-    # Scores that are not finite are named where they are used.
-    layer, worst = max(found.items(), key=lambda pair: -1.0 if math.isnan(pair[1]) else pair[1])
-    allowed = min(limit, _WORTH_A_WARNING)
-    if not worst > allowed:
-        return
-    count = sum(each > allowed for each in found.values())
-    what = f"{worst:.1%} of the change that they explain ({count} of {len(found)} layers miss more than {allowed:.0%})"
-    wrong = f"The scores of layer {layer!r} miss {what}"
-    if worst > limit:
+    if wrong := _worst(attribution, limit):
         advice = (
-            "Take more steps. If that does not help, its output is not linear in its neurons: leave the layer out. "
-            "To have the scores all the same, pass a larger max_completeness_error."
+            "Take more steps. If that does not help, what the layer gives is not linear in its neurons: leave it out. "
+            "To have the scores all the same, set max_completeness_error."
         )
         raise IncompleteError(problem(wrong, f"at most {limit:.0%}", advice), attribution)
-    warnings.warn(problem(wrong, f"at most {allowed:.0%}", "Take more steps."), UserWarning, stacklevel=3)
+
+
+def warn_incomplete(attribution: Attribution) -> None:
+    """Warn of scores that miss more than 1 % of the change that they explain."""
+    if wrong := _worst(attribution, _WORTH_A_WARNING):
+        text = problem(wrong, f"at most {_WORTH_A_WARNING:.0%}", "Take more steps.")
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _worst(attribution: Attribution, limit: float) -> str:
+    """Say which layer misses more than the limit; an empty text where none does."""
+    # Scores that are not finite are refused where they are used.
+    found = {layer: share for layer, share in attribution.incompleteness.items() if not math.isnan(share)}
+    beyond = [layer for layer, share in found.items() if share > limit]
+    if not beyond:
+        return ""
+    worst = max(beyond, key=lambda layer: found[layer])
+    count = f"{len(beyond)} of {len(found)} layers miss more than {limit:.0%}"
+    return f"The scores of layer {worst!r} miss {found[worst]:.1%} of the change that they explain ({count})"

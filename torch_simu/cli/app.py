@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from torch_simu.cli.console import progress_bars, show_report
-from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
+from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.patch import app as patch_app
 from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
 from torch_simu.unlearning.report.folder import check_writable, whole_folder
@@ -34,6 +34,9 @@ def _application() -> typer.Typer:
 
 app = _application()
 
+_RUN = UnlearnConfig()
+# The defaults of a run stand there, once.
+
 _Data = "JSON Lines with question/answer, prompt/response or input/output; or a Hugging Face data set, NAME:SPLIT"
 Model = Annotated[str, typer.Option(help="Folder of the model and its tokenizer.")]
 Forget = Annotated[str, typer.Option(help=f"Rows to forget: {_Data}.")]
@@ -45,6 +48,9 @@ Device = Annotated[str | None, typer.Option(help="Where to run, cuda:0 say; the 
 Dtype = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, bfloat16 or float16.")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut prompts so that a row has at most this many tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+Incompleteness = Annotated[
+    float | None, typer.Option(help="Refuse scores that miss a larger share of the change that they explain.")
+]
 Layers = Annotated[str | None, typer.Option(help="Regular expression for the MLP down projections of unknown models.")]
 
 
@@ -79,18 +85,25 @@ def unlearn(
     retain: Retain,
     out: Out,
     world: Annotated[str | None, typer.Option(help="Rows that are measured only, in no batch.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "simu_graddiff",
-    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = "grad_diff",
-    lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = 1e-3,
-    retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 2.0,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = "contrast",
-    fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = 0.1,
-    threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
-    attention: Annotated[str, typer.Option(help="Attention projections: frozen or full.")] = "frozen",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = _RUN.method,
+    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = _RUN.objective,
+    lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = _RUN.lr,
+    retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = _RUN.retain_weight,
+    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = _RUN.rule,
+    fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = _RUN.fraction,
+    threshold: Annotated[
+        float, typer.Option(help="Share of the largest score, for --rule threshold.")
+    ] = _RUN.threshold,
+    attention: Annotated[
+        str, typer.Option(help="Attention projections: frozen or full (the paper's form).")
+    ] = _RUN.attention,
     layers: Layers = None,
-    forget_target: Annotated[float, typer.Option(help="Stop at this mean forget probability.")] = 0.1,
-    max_steps: Annotated[int, typer.Option(help="Steps at most.")] = 200,
-    batch_size: BatchSize = 16,
+    forget_target: Annotated[float, typer.Option(help="Stop at this mean forget probability.")] = cast(
+        "float", _RUN.forget_target
+    ),
+    max_completeness_error: Incompleteness = _RUN.max_completeness_error,
+    max_steps: Annotated[int, typer.Option(help="Steps at most.")] = _RUN.max_steps,
+    batch_size: BatchSize = _RUN.forget_batch_size,
     max_length: MaxLength = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -109,6 +122,7 @@ def unlearn(
         threshold=threshold,
         attention=cast("Literal['frozen', 'full']", attention),
         layers=layers,
+        max_completeness_error=max_completeness_error,
         forget_target=forget_target,
         max_steps=max_steps,
         forget_batch_size=batch_size,
@@ -145,7 +159,7 @@ def evaluate(
     real_authors: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     world_facts: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = _RUN.forget_batch_size,
     max_length: MaxLength = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generation.")] = None,
     dtype: Dtype = "auto",
@@ -184,9 +198,12 @@ def attribute(
     out: Out,
     retain: Annotated[str | None, typer.Option(help="Rows to contrast with.")] = None,
     rule: Annotated[str, typer.Option(help="Choice of neurons: contrast (needs --retain), top or threshold.")] = "top",
-    fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = 0.1,
-    threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
-    steps: Annotated[int, typer.Option(help="Path steps.")] = 10,
+    fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = _RUN.fraction,
+    threshold: Annotated[
+        float, typer.Option(help="Share of the largest score, for --rule threshold.")
+    ] = _RUN.threshold,
+    steps: Annotated[int, typer.Option(help="Path steps.")] = _RUN.attribution_steps,
+    max_completeness_error: Incompleteness = _RUN.max_completeness_error,
     layers: Layers = None,
     max_length: MaxLength = None,
     dtype: Dtype = "auto",
@@ -199,11 +216,12 @@ def attribute(
         fraction=fraction,
         threshold=threshold,
         attribution_steps=steps,
+        max_completeness_error=max_completeness_error,
         layers=layers,
     )
     console = Console()
     with progress_bars(console) as progress:
-        selection = attribute_job(
+        selection, attribution = attribute_job(
             model,
             forget,
             retain,
@@ -215,7 +233,7 @@ def attribute(
             force=force,
             progress=progress,
         )
-    console.print(f"{selection}\nScores, selection and heat map: {out}", highlight=False)
+    console.print(f"{selection}\n{missed(attribution)}\nScores, selection and heat map: {out}", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
+from torch_simu.attribution import Attribution
 from torch_simu.cli.loading import DELTAS, load_model, quiet_transformers
 from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
@@ -84,7 +85,8 @@ def unlearn_job(
         f"Reached {goal} after {done.steps} steps." if done.reached else f"Did NOT reach {goal} in {done.steps} steps."
     )
     title = f"torch-simu unlearn: {config.method}"
-    report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), [reached])
+    notes = [reached] if done.attribution is None else [reached, missed(done.attribution)]
+    report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), notes)
     with whole_folder(out, force=force) as folder:
         if attached_layers(net):
             # The base stays what it was; its deltas go beside it.
@@ -123,7 +125,7 @@ def attribute_job(
     device: str | None = None,
     force: bool = False,
     progress: Progress,
-) -> NeuronSelection:
+) -> tuple[NeuronSelection, Attribution]:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
     Raises:
@@ -148,12 +150,20 @@ def attribute_job(
                 "selected": len(selection[layer]),
                 "num_neurons": selection.num_neurons[layer],
                 "largest_score": attribution.scores[layer].max().item(),
+                "sum": attribution.scores[layer].sum().item(),
                 "completeness_error": float(attribution.completeness_error[layer]),
+                "incompleteness": attribution.incompleteness[layer],
             }
             for layer in selection
         }
         write_json(folder / "attribution.json", {"provenance": dict(attribution.provenance), "layers": layers})
-    return selection
+    return selection, attribution
+
+
+def missed(attribution: Attribution) -> str:
+    """Say how far the scores are from adding up."""
+    share = max(attribution.incompleteness.values(), default=0.0)
+    return f"The scores of a layer miss at most {share:.1%} of the change that they explain."
 
 
 def evaluate_job(

@@ -47,7 +47,9 @@ def _shared_choices() -> UnlearnConfig:
     return UnlearnConfig(
         retain_weight=1.0,
         fraction=0.1,
+        hessian_interval=5,
         attribution_steps=5,
+        max_completeness_error=None,
         forget_batch_size=24,
         retain_batch_size=24,
         hessian_batch_size=24,
