@@ -15,7 +15,9 @@ from torch_simu._checks import check_choice, check_number
 from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
 from torch_simu.attribution.completeness import check_complete, warn_incomplete
+from torch_simu.attribution.experts import check_linear
 from torch_simu.attribution.frozen import frozen
+from torch_simu.attribution.methods.call import device_of
 from torch_simu.attribution.methods.decode import decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
 from torch_simu.attribution.methods.packed import packed_sums
@@ -128,6 +130,7 @@ def attribute_neurons(
         check_kind(name, module)
     sequences = collect_sequences(batches)
     with frozen(model), fresh_positions(model):
+        check_linear(model, sequences[-1].ids[None].to(device_of(model)), layers)
         chosen = _chosen(model, sequences, layers, path, method)
         provenance: dict[str, object] = {
             "objective": objective,

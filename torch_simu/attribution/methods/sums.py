@@ -105,7 +105,6 @@ def path_sums(
 
 def _precision(model: nn.Module) -> float:
     """Return the share of F below which the model's rounding hides a change."""
-    coarse = torch.finfo(torch.bfloat16).eps
-    # Codes of 8 and 4 bits are no float dtypes; their layers round about as much as bfloat16.
-    found = [torch.finfo(each.dtype).eps if each.is_floating_point() else coarse for each in model.parameters()]
-    return 16 * max(found, default=coarse)
+    # Layers with 8-bit codes round activations, too.
+    dtypes = {torch.bfloat16 if param.dtype == torch.int8 else param.dtype for param in model.parameters()}
+    return 16 * max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
