@@ -95,7 +95,9 @@ def rows_of(seed: int, repeats: int) -> list[dict[str, Any]]:
     model = model_of(seed)
     rows: list[dict[str, Any]] = []
     ways = {
-        name: lambda batch, name=name: dict(attribute_neurons(model, [batch], steps=STEPS, method=name).scores)
+        name: lambda batch, name=name: dict(
+            attribute_neurons(model, [batch], steps=STEPS, method=name, max_completeness_error=None).scores
+        )
         for name in METHODS
     }
     ways |= {

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from tests.models import VOCABULARY, tiny
 from tests.strategies import generator
+from torch_simu.attribution import attribute_neurons
+
+loosely = partial(attribute_neurons, max_completeness_error=None)
+"""Attribution by a few path points, where what those miss is not the question."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.attribution.reference_attribution import lively, padded_batch, reference, sequences
+from tests.attribution.reference_attribution import lively, loosely, padded_batch, reference, sequences
 from tests.models import NAMES
 from tests.strategies import seeds
-from torch_simu.attribution import Attribution, attribute_neurons, site
+from torch_simu.attribution import Attribution, attribute, site
 from torch_simu.attribution.methods import decode, layerwise, packed, prefix
 from torch_simu.layers import down_projections
 
@@ -62,7 +62,7 @@ def test_scores_equal_one_pass_per_prefix_and_path_point(
     model, rows = lively(name), sequences(seed)
     batches = [padded_batch(rows[:2], side), padded_batch(rows[2:], side)]
     options = {"objective": objective, "rule": rule, "steps": steps}
-    attribution = attribute_neurons(model, batches, method=method, **options)
+    attribution = loosely(model, batches, method=method, **options)
     assert attribution.provenance["method"] == ("packed" if method == "auto" else method)
     assert_exact(attribution, model, rows, **options)
 
@@ -75,7 +75,7 @@ def test_every_known_architecture_is_exact_by_the_method_that_auto_takes(name: s
     model, rows = lively(name, attn_implementation=attention), sequences(1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+        attribution = loosely(model, [padded_batch(rows, "right")], steps=2)
     wanted = "decode" if name in DECODED else "prefix" if name in RECURRENT else "packed"
     assert attribution.provenance["method"] == wanted
     assert bool(caught) == (wanted == "prefix")
@@ -85,7 +85,7 @@ def test_every_known_architecture_is_exact_by_the_method_that_auto_takes(name: s
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in RECURRENT])
 def test_every_known_architecture_with_a_cache_is_exact_by_decoding(name: str) -> None:
     model, rows = lively(name), sequences(2)
-    attribution = attribute_neurons(model, [padded_batch(rows, "left")], method="decode", steps=2)
+    attribution = loosely(model, [padded_batch(rows, "left")], method="decode", steps=2)
     assert_exact(attribution, model, rows)
 
 
@@ -96,7 +96,7 @@ _SOME = (("use_sliding_window", True), ("max_window_layers", 1))
 @pytest.mark.parametrize("config", [{"alibi": True}, {"new_decoder_architecture": True}])
 def test_falcon_is_exact_with_linear_biases_and_in_its_newer_form(config: dict[str, bool]) -> None:
     model, rows = lively("falcon", **config), sequences(3)
-    attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+    attribution = loosely(model, [padded_batch(rows, "right")], steps=2)
     assert attribution.provenance["method"] == ("decode" if "alibi" in config else "packed")
     assert_exact(attribution, model, rows)
 
@@ -114,9 +114,13 @@ WINDOWED = {
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_shorter_than_the_prefixes_are_exact(name: str, method: str) -> None:
     model, rows = lively(name, sliding_window=4, **dict(WINDOWED[name])), sequences(1, shortest=7, longest=9)
-    assert_exact(attribute_neurons(model, [padded_batch(rows, "right")], method=method, steps=2), model, rows)
+    assert_exact(
+        loosely(model, [padded_batch(rows, "right")], method=method, steps=2),
+        model,
+        rows,
+    )
     # The window matters: without it the scores are others.
-    wide = attribute_neurons(lively(name), [padded_batch(rows, "right")], method=method, steps=2)
+    wide = loosely(lively(name), [padded_batch(rows, "right")], method=method, steps=2)
     first = next(iter(wide.scores))
     assert relative_error(wide.scores[first], reference(model, rows, first, "logprob", "midpoint", 2).scores) > 1e-2
 
@@ -135,7 +139,7 @@ def _positions(length: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_sum_of_scores_is_the_change_of_the_objective_at_many_midpoints(name: str, seed: int) -> None:
     model, rows = lively(name), sequences(seed, num_rows=1)
     batch = padded_batch(rows, "right")
-    coarse, fine = (attribute_neurons(model, [batch], steps=steps, method="packed") for steps in (4, 128))
+    coarse, fine = (loosely(model, [batch], steps=steps, method="packed") for steps in (4, 128))
     for layer, scores in fine.scores.items():
         change = reference(model, rows, layer, "logprob", "midpoint", 1).change
         assert abs(fine.completeness_error[layer]) < 1e-2 * (1 + abs(change))
@@ -147,7 +151,7 @@ def test_the_sum_of_scores_is_the_change_of_the_objective_at_many_midpoints(name
 @pytest.mark.parametrize("name", FIVE)
 def test_approximate_methods_are_complete_along_their_own_path(name: str, method: str) -> None:
     batch = padded_batch(sequences(2), "left")
-    attribution = attribute_neurons(lively(name), [batch], steps=100, method=method)
+    attribution = loosely(lively(name), [batch], steps=100, method=method)
     for layer, scores in attribution.scores.items():
         assert abs(attribution.completeness_error[layer]) < 1e-2 * (1 + scores.abs().sum().item())
 
@@ -155,9 +159,13 @@ def test_approximate_methods_are_complete_along_their_own_path(name: str, method
 @given(st.sampled_from(["packed", "prefix", "layerwise", "joint"]), seeds)
 def test_batching_padding_and_order_of_rows_do_not_matter(method: str, seed: int) -> None:
     model, rows = lively("llama"), sequences(seed, num_rows=4)
-    once = attribute_neurons(model, [padded_batch(rows, "right")], method=method, steps=2)
-    again = attribute_neurons(
-        model, iter([padded_batch(rows[2:], "left"), padded_batch(rows[:2], "right")]), method=method, steps=2
+    once = loosely(model, [padded_batch(rows, "right")], method=method, steps=2)
+    again = loosely(
+        model,
+        iter([padded_batch(rows[2:], "left"), padded_batch(rows[:2], "right")]),
+        method=method,
+        steps=2,
+        max_completeness_error=None,
     )
     assert once.provenance == again.provenance
     for layer, scores in once.scores.items():
@@ -167,9 +175,9 @@ def test_batching_padding_and_order_of_rows_do_not_matter(method: str, seed: int
 @pytest.mark.parametrize("method", ["packed", "prefix", "layerwise", "joint"])
 def test_a_small_memory_budget_changes_no_score(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = lively("gpt2"), padded_batch(sequences(3), "right")
-    expected = attribute_neurons(model, [batch], method=method, steps=3)
+    expected = loosely(model, [batch], method=method, steps=3)
     monkeypatch.setattr("torch_simu.attribution.methods.budget._HOST_BYTES", 2**14)
-    found = attribute_neurons(model, [batch], method=method, steps=3)
+    found = loosely(model, [batch], method=method, steps=3)
     for layer, scores in expected.scores.items():
         assert relative_error(found.scores[layer], scores) < 1e-5
         assert found.completeness_error[layer] == pytest.approx(expected.completeness_error[layer], abs=1e-4)
@@ -179,7 +187,7 @@ def test_a_small_memory_budget_changes_no_score(method: str, monkeypatch: pytest
 def test_a_bfloat16_model_is_attributed_with_wide_sums(method: str) -> None:
     rows = sequences(4)
     model = copy.deepcopy(lively("llama")).bfloat16()
-    attribution = attribute_neurons(model, [padded_batch(rows, "right")], method=method, steps=2)
+    attribution = loosely(model, [padded_batch(rows, "right")], method=method, steps=2)
     for layer, found in attribution.scores.items():
         assert found.dtype == torch.float64
         expected = reference(model, rows, layer, "logprob", "midpoint", 2)
@@ -201,7 +209,7 @@ def test_a_neuron_whose_loss_destroys_the_prediction_gets_the_highest_score() ->
     with torch.no_grad():
         direction = head.weight[target] - head.weight.mean(0)
         down.weight[:, neuron] = 100 * direction / (direction.norm() * inputs[0][0, -1, neuron])
-    attribution = attribute_neurons(model, [{"input_ids": ids, "labels": labels}])
+    attribution = loosely(model, [{"input_ids": ids, "labels": labels}])
     assert attribution.scores["model.layers.1.mlp.down_proj"].argmax() == neuron
     assert attribution.select(0.5)["model.layers.1.mlp.down_proj"].tolist() == [neuron]
 
@@ -230,39 +238,45 @@ def _also_the_clean_self(original: Callable[..., Tensor]) -> Callable[..., Tenso
     return mask
 
 
-def test_each_mutant_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_mutant_breaks_the_law_and_is_refused_by_the_spot_check(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = lively("llama"), sequences(5)
     batch = padded_batch(rows, "right")
-    assert_exact(attribute_neurons(model, [batch], method="packed", steps=2), model, rows)
+    assert_exact(loosely(model, [batch], method="packed", steps=2), model, rows)
 
     def assert_broken(**options: object) -> None:
-        mutant = attribute_neurons(model, [batch], steps=2, **{"method": "packed", **options})
+        mutant = loosely(model, [batch], steps=2, **{"method": "packed", **options})
         first = next(iter(mutant.scores))
         expected = reference(model, rows, first, "logprob", "midpoint", 2)
         assert relative_error(mutant.scores[first], expected.scores) > 1e-2
 
     assert_broken(method="layerwise")  # every position is scaled
     assert_broken(objective="loss")  # the sign of the loss
-    with monkeypatch.context() as patch:
-        patch.setattr(site, "attributed", _roll(site.attributed))  # the clean activation of a neighbor
-        assert_broken()
-    with monkeypatch.context() as patch:
-        patch.setattr(packed._Pack, "mask", _without_own_key(packed._Pack.mask))
-        assert_broken()
-    with monkeypatch.context() as patch:
-        patch.setattr(packed._Pack, "mask", _also_the_clean_self(packed._Pack.mask))
-        assert_broken()
+    for place, name, mutate in (
+        (site, "attributed", _roll),  # the clean activation of a neighbor
+        (packed._Pack, "mask", _without_own_key),
+        (packed._Pack, "mask", _also_the_clean_self),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, mutate(getattr(place, name)))
+            if place is not site:
+                # What all methods share, the definition has wrong, too.
+                with pytest.raises(
+                    ValueError, match="For LlamaForCausalLM, packed is off by a factor of .* method='prefix'"
+                ):
+                    loosely(model, [batch], method="packed", steps=2)
+            patch.setattr(attribute, "check_exact", lambda *_: None)
+            assert_broken()
 
 
 def test_auto_warns_and_takes_the_next_method_where_the_spot_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = lively("llama"), sequences(6)
     monkeypatch.setattr(packed._Pack, "mask", _also_the_clean_self(packed._Pack.mask))
     with pytest.warns(UserWarning, match=r"For LlamaForCausalLM, packed is off by .* Method 'decode' is used"):
-        attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+        attribution = loosely(model, [padded_batch(rows, "right")], steps=2)
     assert_exact(attribution, model, rows)
     monkeypatch.setattr(decode._Prefixes, "before", _a_position_late(decode._Prefixes.before))
     with pytest.warns(UserWarning, match=r"packed is off by .* and decode is off by .* Method 'prefix' is used"):
-        attribution = attribute_neurons(model, [padded_batch(rows, "right")], steps=2)
+        attribution = loosely(model, [padded_batch(rows, "right")], steps=2)
     assert_exact(attribution, model, rows)
 
 
@@ -277,7 +291,7 @@ def _a_position_late(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable
 def test_memory_that_runs_out_halves_the_passes_and_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = lively("llama"), padded_batch(sequences(3), "right")
     for method, module in (("packed", packed), ("decode", decode), ("prefix", prefix), ("layerwise", layerwise)):
-        expected = attribute_neurons(model, [batch], method=method, steps=3)
+        expected = loosely(model, [batch], method=method, steps=3)
         name = {"packed": "_stream_values", "decode": "_token_values", "prefix": "_prefix_values"}.get(
             method, "_values"
         )
@@ -292,7 +306,7 @@ def test_memory_that_runs_out_halves_the_passes_and_changes_no_score(monkeypatch
 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, scarce)
-            found = attribute_neurons(model, [batch], method=method, steps=3)
+            found = loosely(model, [batch], method=method, steps=3)
         assert refused
         for layer, scores in expected.scores.items():
             assert relative_error(found.scores[layer], scores) < 1e-5
@@ -305,4 +319,4 @@ def test_memory_that_does_not_suffice_for_one_query_is_an_error(monkeypatch: pyt
 
     monkeypatch.setattr(packed, "_stream_values", nothing)
     with pytest.raises(torch.OutOfMemoryError):
-        attribute_neurons(lively("llama"), [padded_batch(sequences(3), "right")], method="packed")
+        loosely(lively("llama"), [padded_batch(sequences(3), "right")], method="packed")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.attribution.reference_attribution import lively, padded_batch, reference, sequences
+from tests.attribution.reference_attribution import lively, loosely, padded_batch, reference, sequences
 from tests.models import tiny
 from torch_simu import _files
 from torch_simu._files import load_tensors
-from torch_simu.attribution import Attribution, attribute_neurons
+from torch_simu.attribution import Attribution
 from torch_simu.attribution.site import Site
 
 METHODS = ("auto", "packed", "decode", "prefix", "layerwise", "joint")
@@ -50,7 +50,7 @@ def test_the_model_is_left_as_it_was(method: str) -> None:
     model = trained()
     before = state_of(model)
     with torch.no_grad():
-        attribution = attribute_neurons(model, [BATCH], method=method, steps=2)
+        attribution = loosely(model, [BATCH], method=method, steps=2)
     assert all(scores.any() for scores in attribution.scores.values())
     after = state_of(model)
     assert before == after
@@ -71,26 +71,33 @@ def test_the_model_is_left_as_it_was_even_after_an_exception(method: str, failur
     handle = None if failure == "progress" else model.get_submodule("model.norm").register_forward_pre_hook(fail)
     before = state_of(model)
     with pytest.raises(RuntimeError, match="stopped on purpose"):
-        attribute_neurons(model, [BATCH], method=method, steps=2, progress=fail if handle is None else None)
+        loosely(
+            model,
+            [BATCH],
+            method=method,
+            steps=2,
+            max_completeness_error=None,
+            progress=fail if handle is None else None,
+        )
     assert state_of(model) == before
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_switched_off(outer: type[torch.no_grad]) -> None:
     with outer():
-        attribution = attribute_neurons(lively("llama"), [BATCH], steps=2)
+        attribution = loosely(lively("llama"), [BATCH], steps=2)
     assert attribution.num_samples == 2
 
 
 def test_randomness_of_the_caller_is_left_alone() -> None:
     before = torch.get_rng_state()
-    attribute_neurons(trained(), [BATCH], steps=2)
+    loosely(trained(), [BATCH], steps=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_only_the_selected_layers_are_scored_in_the_order_of_the_model() -> None:
     model = lively("llama")
-    attribution = attribute_neurons(model, [BATCH], select=r"layers\.1\.self_attn\.o_proj|layers\.0\.mlp\.down_proj")
+    attribution = loosely(model, [BATCH], select=r"layers\.1\.self_attn\.o_proj|layers\.0\.mlp\.down_proj")
     assert list(attribution.scores) == ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
     rows = [(BATCH["input_ids"][0], BATCH["labels"][0])]
     for layer, scores in attribution.scores.items():
@@ -100,16 +107,16 @@ def test_only_the_selected_layers_are_scored_in_the_order_of_the_model() -> None
 
 def test_progress_counts_samples_times_layers() -> None:
     calls: list[tuple[int, int]] = []
-    attribute_neurons(lively("llama"), [BATCH], progress=lambda done, total: calls.append((done, total)))
+    loosely(lively("llama"), [BATCH], progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 4), (4, 4)]
 
 
 def test_recurrent_mixers_are_refused_by_packed_and_run_by_prefix() -> None:
     model = tiny("mamba")
     with pytest.raises(ValueError, match=r"has no key-value cache|mixes positions by a recurrent state"):
-        attribute_neurons(model, [BATCH], select="mixer.out_proj", method="packed")
+        loosely(model, [BATCH], select="mixer.out_proj", method="packed")
     with pytest.warns(UserWarning, match="For MambaForCausalLM, packed does not apply .* decode does not apply"):
-        attribution = attribute_neurons(model, [BATCH], select="mixer.out_proj", steps=2)
+        attribution = loosely(model, [BATCH], select="mixer.out_proj", steps=2)
     rows = [(BATCH["input_ids"][0], BATCH["labels"][0])]
     for layer, scores in attribution.scores.items():
         expected = reference(model, rows, layer, "logprob", "midpoint", 2).scores
@@ -130,7 +137,7 @@ def test_packed_refuses_models_it_would_be_wrong_on(name: str, change: dict[str,
     for key, value in change.items():
         object.__setattr__(model.config, key, value)
     with pytest.raises(ValueError, match=message):
-        attribute_neurons(model, [BATCH], method="packed")
+        loosely(model, [BATCH], method="packed")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_packed_refuses_models_it_would_be_wrong_on(name: str, change: dict[str,
 )  # fmt: skip
 def test_malformed_batches_are_named(batches: list[object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        attribute_neurons(lively("llama"), batches)
+        loosely(lively("llama"), batches)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_malformed_batches_are_named(batches: list[object], error: type[Exceptio
 )
 def test_unknown_options_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        attribute_neurons(lively("llama"), [BATCH], **options)
+        loosely(lively("llama"), [BATCH], **options)
 
 
 class Twice(nn.Module):
@@ -211,7 +218,7 @@ def _interrupted(path: Path, after: int, **options: object) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attribute_neurons(lively("llama"), _batches(), resume=path, progress=stop, **{"method": "packed", **options})
+        loosely(lively("llama"), _batches(), resume=path, progress=stop, **{"method": "packed", **options})
 
 
 def _batches() -> list[dict[str, Tensor]]:
@@ -226,12 +233,12 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_groups")
 def test_an_interrupted_attribution_goes_on_where_it_stopped_and_deletes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "partial.safetensors"
-    whole = attribute_neurons(lively("llama"), _batches(), method="packed")
+    whole = loosely(lively("llama"), _batches(), method="packed")
     _interrupted(path, after=6)
-    _, header = _files.load_tensors(path, "AttributionCheckpoint")
+    _, header = _files.load_tensors(path, "AttributionSums")
     assert header["num_sequences"] > 0
     calls: list[tuple[int, int]] = []
-    resumed = attribute_neurons(
+    resumed = loosely(
         lively("llama"), _batches(), method="packed", resume=path, progress=lambda *call: calls.append(call)
     )
     assert calls[0][0] > calls[0][1] // (2 * 9)
@@ -257,7 +264,7 @@ def test_another_attribution_is_not_continued(tmp_path: Path, options: dict[str,
     path = tmp_path / "partial.safetensors"
     _interrupted(path, after=6)
     with pytest.raises(ValueError, match=f"was written with {message}"):
-        attribute_neurons(lively("llama"), _batches(), resume=path, **{"method": "packed", **options})
+        loosely(lively("llama"), _batches(), resume=path, **{"method": "packed", **options})
     assert path.exists()
 
 
@@ -266,12 +273,12 @@ def test_other_weights_or_data_are_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "partial.safetensors"
     _interrupted(path, after=6)
     with pytest.raises(ValueError, match="was written for other data, or its key is gone"):
-        attribute_neurons(lively("llama"), _batches()[:2], resume=path, method="packed")
+        loosely(lively("llama"), _batches()[:2], resume=path, method="packed")
     changed = copy.deepcopy(lively("llama"))
     with torch.no_grad():
         changed.get_submodule("model.norm").weight[0] += 1e-6
     with pytest.raises(ValueError, match="was written with weights"):
-        attribute_neurons(changed, _batches(), resume=path, method="packed")
+        loosely(changed, _batches(), resume=path, method="packed")
 
 
 @pytest.mark.usefixtures("small_groups")
@@ -279,7 +286,7 @@ def test_partial_sums_are_written_while_it_runs(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "partial.safetensors"
     monkeypatch.setattr("torch_simu.attribution.checkpoint._SECONDS", 0.0)
     seen: list[bool] = []
-    attribute_neurons(lively("llama"), _batches(), resume=path, progress=lambda *_: seen.append(path.exists()))
+    loosely(lively("llama"), _batches(), resume=path, progress=lambda *_: seen.append(path.exists()))
     assert seen[-1] and not seen[0]
     assert not path.exists()
 
@@ -288,11 +295,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "partial.safetensors"
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is unreadable"):
-        attribute_neurons(lively("llama"), [BATCH], resume=path)
+        loosely(lively("llama"), [BATCH], resume=path)
 
 
 def test_provenance_says_how_the_scores_came_about() -> None:
-    attribution = attribute_neurons(lively("llama"), [BATCH], rule="right", steps=4, objective="prob")
+    attribution = loosely(lively("llama"), [BATCH], rule="right", steps=4, objective="prob")
     assert isinstance(attribution, Attribution)
     expected = {"objective": "prob", "rule": "right", "steps": 4, "method": "packed", "model_type": "llama"}
     assert expected.items() <= attribution.provenance.items()
@@ -300,7 +307,7 @@ def test_provenance_says_how_the_scores_came_about() -> None:
 
 
 def test_provenance_tells_nothing_of_the_data() -> None:
-    one, two = (attribute_neurons(lively("llama"), [batch], method="packed") for batch in _batches()[:2])
+    one, two = (loosely(lively("llama"), [batch], method="packed") for batch in _batches()[:2])
     assert one.provenance == two.provenance
 
 
@@ -310,12 +317,12 @@ def test_partial_sums_name_their_data_under_a_key_of_their_own(tmp_path: Path) -
     named = []
     for name in ("one", "two"):
         _interrupted(tmp_path / name, after=6)
-        named.append(load_tensors(tmp_path / name, "AttributionCheckpoint")[1]["data"])
+        named.append(load_tensors(tmp_path / name, "AttributionSums")[1]["data"])
         key = (tmp_path / f"{name}.key").read_text()
         assert key.encode() not in (tmp_path / name).read_bytes()
     assert named[0] != named[1] and {len(str(each)) for each in named} == {64}
     (tmp_path / "two.key").unlink()
     with pytest.raises(ValueError, match="its key is gone, expected the same samples. Delete the file"):
-        attribute_neurons(lively("llama"), _batches(), resume=tmp_path / "two", method="packed")
-    attribute_neurons(lively("llama"), _batches(), resume=tmp_path / "one", method="packed")
+        loosely(lively("llama"), _batches(), resume=tmp_path / "two", method="packed")
+    loosely(lively("llama"), _batches(), resume=tmp_path / "one", method="packed")
     assert [path.name for path in tmp_path.iterdir()] == ["two"]

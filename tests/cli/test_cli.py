@@ -66,7 +66,7 @@ def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, ca
 
 def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path):
     out = tmp_path / "out"
-    assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 3, "--fraction", 0.25) == 0
+    assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 10, "--fraction", 0.25) == 0
     attribution = Attribution.load(out / "attribution.safetensors")
     assert NeuronSelection.load(out / "selection.safetensors") == attribution.top(0.25)
     assert (out / "attribution.png").stat().st_size > 1000
@@ -174,7 +174,7 @@ def test_an_output_folder_is_replaced_by_force_only(files, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    job = ("attribute", *options(files, "forget"), "--out", out, "--steps", 2)
+    job = ("attribute", *options(files, "forget"), "--out", out, "--steps", 10)
     assert call(*job) == 2
     assert_one_line(capsys, "Use --force")
     assert (out / "precious.txt").read_text() == "mine"

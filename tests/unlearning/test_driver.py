@@ -31,7 +31,14 @@ RECIPE = DemoRecipe(
     num_layers=2,
     training=TrainConfig(epochs=60, lr=1e-2, batch_size=12),
 )
-FAST = UnlearnConfig(lr=1e-2, max_steps=6, forget_batch_size=6, retain_batch_size=6, attribution_steps=3)
+FAST = UnlearnConfig(
+    lr=1e-2,
+    max_steps=6,
+    forget_batch_size=6,
+    retain_batch_size=6,
+    attribution_steps=3,
+    max_completeness_error=None,
+)
 
 
 @functools.cache

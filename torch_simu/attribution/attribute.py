@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice
+from torch_simu._checks import check_choice, check_number
 from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
+from torch_simu.attribution.completeness import check_complete, warn_incomplete
+from torch_simu.attribution.experts import check_linear
 from torch_simu.attribution.frozen import frozen
+from torch_simu.attribution.methods.call import device_of
 from torch_simu.attribution.methods.decode import decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
 from torch_simu.attribution.methods.packed import packed_sums
 from torch_simu.attribution.methods.prefix import prefix_sums
-from torch_simu.attribution.methods.spot_check import fastest_exact
-from torch_simu.attribution.methods.sums import Method
+from torch_simu.attribution.methods.spot_check import check_exact, fastest_exact
+from torch_simu.attribution.methods.sums import LayerSum, Method
 from torch_simu.attribution.path import Objective, Path, Rule
+from torch_simu.attribution.positions import fresh_positions
 from torch_simu.attribution.sequences import ScoredSequence, collect_sequences, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
 from torch_simu.layers import Selector, check_kind, num_neurons, select_layers
@@ -55,6 +59,7 @@ def attribute_neurons(
     method: MethodName = "auto",
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    max_completeness_error: float | None = 0.2,
     group: dist.ProcessGroup | None = None,
 ) -> Attribution:
     r"""Attribute next-token predictions to the neurons of each layer, exactly and completely.
@@ -86,6 +91,8 @@ def attribute_neurons(
         resume: A file for partial sums, written every ten seconds and when an exception interrupts. A call with the
             same arguments goes on from there; the file is deleted when the result is complete.
         progress: Called with (done, total), counted in samples times layers; with `group`, in those of this process.
+        max_completeness_error: The largest `Attribution.incompleteness` of a layer that is not refused; from 0.01 on it
+            is worth a warning. None: whatever it is, without a warning.
         group: Processes that share the samples, each with the whole model and all batches; every one gets the sums over
             all. `resume` must name a file for each. None: this process attributes everything.
 
@@ -115,13 +122,16 @@ def attribute_neurons(
         6
     """
     path = Path(objective, rule, steps)
+    if max_completeness_error is not None:
+        check_number("max_completeness_error", max_completeness_error)
     check_choice("method", method, ("auto", *_METHODS))
     layers = select_layers(model, select)
     for name, module in layers.items():
         check_kind(name, module)
     sequences = collect_sequences(batches)
-    with frozen(model):
-        chosen = _chosen(model, sequences, layers, path) if method == "auto" else method
+    with frozen(model), fresh_positions(model):
+        check_linear(model, sequences[-1].ids[None].to(device_of(model)), layers)
+        chosen = _chosen(model, sequences, layers, path, method)
         provenance: dict[str, object] = {
             "objective": objective,
             "rule": rule,
@@ -140,27 +150,38 @@ def attribute_neurons(
             configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
         checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration, data)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
-        fresh = Partial(
-            {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}, dict.fromkeys(layers, 0.0)
-        )
+        fresh = Partial({name: LayerSum(torch.zeros(size, dtype=torch.float64)) for name, size in sizes.items()})
         partial = checkpoint.load(fresh)
         try:
             _add_sequences(model, mine, layers, path, _METHODS[chosen], partial, checkpoint, progress)
         except BaseException:
             checkpoint.save(partial, now=True)
             raise
-    scores, errors = partial.scores, partial.completeness_error
-    if group is not None:
-        scores, errors = added_up(scores, errors, group)
+    sums = partial.sums if group is None else added_up(partial.sums, group)
+    attribution = Attribution(
+        {name: each.scores for name, each in sums.items()},
+        {name: each.completeness_error for name, each in sums.items()},
+        sum(sequence.num_samples for sequence in sequences),
+        provenance,
+        {name: each.change_size for name, each in sums.items()},
+    )
+    # Before the file goes: with another bound, a second call needs no second attribution.
+    if max_completeness_error is not None:
+        check_complete(attribution, max_completeness_error)
+        warn_incomplete(attribution)
     checkpoint.remove()
-    num_samples = sum(sequence.num_samples for sequence in sequences)
-    return Attribution(scores, errors, num_samples, provenance)
+    return attribution
 
 
 def _chosen(
-    model: nn.Module, sequences: list[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
-) -> MethodName:
-    return cast("MethodName", fastest_exact(model, sequences, layers, path, {name: _METHODS[name] for name in _FAST}))
+    model: nn.Module, sequences: list[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, method: MethodName
+) -> str:
+    """Return the method to take; the fast ones are compared with the definition first, asked for or not."""
+    if method == "auto":
+        return fastest_exact(model, sequences, layers, path, {name: _METHODS[name] for name in _FAST})
+    if method in _FAST:
+        check_exact(model, sequences, layers, path, method, _METHODS[method])
+    return method
 
 
 def _add_sequences(
@@ -176,15 +197,14 @@ def _add_sequences(
     total = sum(sequence.num_samples for sequence in sequences) * len(layers)
     done = sum(sequence.num_samples for sequence in sequences[: partial.num_sequences]) * len(layers)
     for group in _groups(sequences[partial.num_sequences :]):
-        scores, errors = dict(partial.scores), dict(partial.completeness_error)
+        sums = dict(partial.sums)
         for name, found in method(model, group, layers, path):
-            scores[name] = scores[name] + found.scores
-            errors[name] += found.completeness_error
+            sums[name] = sums[name] + found
             done += sum(sequence.num_samples for sequence in group)
             if progress is not None:
                 progress(done, total)
         # Only whole groups count, so that an interruption leaves sums over the same sequences in every layer.
-        partial.scores, partial.completeness_error = scores, errors
+        partial.sums = sums
         partial.num_sequences += len(group)
         checkpoint.save(partial)
 

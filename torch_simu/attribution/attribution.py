@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -37,6 +37,8 @@ class Attribution:
             activation, summed over samples. A contrast has none.
         num_samples: How many samples were summed.
         provenance: How the scores came about: objective, rule, steps, method and model; nothing of the data.
+        change_size: Layer -> sum over samples of the size of that change. Of each sample at least 16 roundings (of the
+            model's coarsest dtype) of the objective count, below which nothing can be told. A contrast has none.
 
     Examples:
         >>> scores = {"mlp": torch.tensor([0.1, 2.0, -3.0, 1.0], dtype=torch.float64)}
@@ -51,15 +53,27 @@ class Attribution:
     completeness_error: Mapping[str, float]
     num_samples: int
     provenance: Mapping[str, object]
+    change_size: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def delta(self) -> Mapping[str, float]:
         """The old name of `completeness_error`."""
         return self.completeness_error
 
+    @property
+    def incompleteness(self) -> dict[str, float]:
+        """Layer -> size of the completeness error per `change_size`: the share of what they explain that scores miss.
+
+        The size of the changes, not of their sum, is what it is compared with: changes of different samples may cancel.
+        """
+        sizes = {layer: size for layer, size in self.change_size.items() if layer in self.completeness_error}
+        return {layer: abs(self.completeness_error[layer]) / size if size else 0.0 for layer, size in sizes.items()}
+
     def __repr__(self) -> str:
         total = sum(score.numel() for score in self.scores.values())
-        return f"Attribution({len(self.scores)} layers, {total} neurons, {self.num_samples} samples)"
+        found = self.incompleteness
+        missed = f", {max(found.values()):.1%} incomplete at most" if found else ""
+        return f"Attribution({len(self.scores)} layers, {total} neurons, {self.num_samples} samples{missed})"
 
     def __add__(self, other: Attribution) -> Attribution:
         """Return the attribution of the samples of both.
@@ -74,7 +88,8 @@ class Attribution:
         theirs = other.completeness_error
         errors = {layer: error + theirs[layer] for layer, error in self.completeness_error.items() if layer in theirs}
         provenance: dict[str, object] = {"sum": [dict(self.provenance), dict(other.provenance)]}
-        return Attribution(scores, errors, self.num_samples + other.num_samples, provenance)
+        sizes = {layer: size + other.change_size[layer] for layer, size in self.change_size.items() if layer in theirs}
+        return Attribution(scores, errors, self.num_samples + other.num_samples, provenance, sizes)
 
     def select(
         self,
@@ -202,6 +217,7 @@ class Attribution:
         header = {
             "layers": list(self.scores),
             "completeness_error": dict(self.completeness_error),
+            "change_size": dict(self.change_size),
             "num_samples": self.num_samples,
             "provenance": dict(self.provenance),
         }
@@ -227,6 +243,7 @@ class Attribution:
                 {layer: float(error) for layer, error in cast("dict[str, float]", errors).items()},
                 check_count("num_samples", header["num_samples"]),
                 dict(cast("dict[str, object]", header["provenance"])),
+                {layer: float(size) for layer, size in cast("dict[str, float]", header.get("change_size", {})).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             wrong = f"File {str(path)!r} holds no consistent attribution ({error})"

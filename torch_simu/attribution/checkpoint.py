@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
+from torch_simu.attribution.methods.sums import LayerSum
 
-_KIND = "AttributionCheckpoint"
+_KIND = "AttributionSums"
 _SECONDS = 10.0
 
 
@@ -28,13 +29,11 @@ class Partial:
     """Sums over the sequences that are done.
 
     Attributes:
-        scores: Layer -> sum. Shape of each: `(num_neurons,)`, float64.
-        completeness_error: Layer -> sum of the scores minus the change of the objective.
+        sums: Layer -> its sums.
         num_sequences: How many sequences are done, in their order.
     """
 
-    scores: dict[str, Tensor]
-    completeness_error: dict[str, float]
+    sums: dict[str, LayerSum]
     num_sequences: int = 0
 
 
@@ -73,11 +72,9 @@ class Checkpoint:
         if not self._key.exists() or not hmac.compare_digest(str(header.get("data")), self._keyed_data()):
             wrong = f"File {str(self.path)!r} was written for other data, or its key is gone"
             raise ValueError(problem(wrong, "the same samples", "Delete the file, or give another path."))
-        return Partial(
-            {layer: tensors[layer] for layer in fresh.scores},
-            cast("dict[str, float]", header["completeness_error"]),
-            cast("int", header["num_sequences"]),
-        )
+        numbers = cast("dict[str, list[float]]", header["sums"])
+        sums = {layer: LayerSum(tensors[layer], *numbers[layer]) for layer in fresh.sums}
+        return Partial(sums, cast("int", header["num_sequences"]))
 
     def save(self, partial: Partial, *, now: bool = False) -> None:
         """Write the sums, whole or not at all; at most every ten seconds unless `now`."""
@@ -86,10 +83,10 @@ class Checkpoint:
         header = {
             "configuration": dict(self.configuration),
             "data": self._keyed_data(),
-            "completeness_error": partial.completeness_error,
+            "sums": {layer: [each.completeness_error, each.change_size] for layer, each in partial.sums.items()},
             "num_sequences": partial.num_sequences,
         }
-        save_tensors(self.path, _KIND, partial.scores, header)
+        save_tensors(self.path, _KIND, {layer: each.scores for layer, each in partial.sums.items()}, header)
         self._written = time.monotonic()
 
     def remove(self) -> None:

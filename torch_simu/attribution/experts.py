@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_simu.layers import neuron_dim, neuron_weight
+from torch_simu._checks import problem
+from torch_simu.layers import is_fused_experts, neuron_dim, neuron_weight
+
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.05
 
 
 def experts_scores(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> Tensor:
@@ -38,9 +43,47 @@ def experts_scores(module: nn.Module, inputs: Sequence[Tensor], gradient: Tensor
     return (weight.detach().to(wide) * found.to(wide)).sum(3 - kept[1]).double().flatten().cpu()
 
 
-def without_neurons(module: nn.Module, args: tuple[object, ...]) -> Tensor | None:
-    """Return what fused experts give where all their neurons are zero: their biases; None where they have none."""
-    if not any("bias" in name for name, _ in module.named_parameters()):
-        return None
+def with_neurons_times(factor: float, module: nn.Module, args: tuple[object, ...]) -> Tensor:
+    """Return what fused experts give where all their neurons are multiplied by a factor.
+
+    With 0 that is what is no neuron's: biases, and what experts pass on as it is.
+    """
     with torch.no_grad():
-        return cast("Tensor", functional_call(module, {"down_proj": torch.zeros_like(neuron_weight(module))}, args))
+        weight = neuron_weight(module).detach() * factor
+        return cast("Tensor", functional_call(module, {"down_proj": weight}, args))
+
+
+def check_linear(model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module]) -> None:
+    """Raise where fused experts do something behind the down projection: half the neurons must give half the output.
+
+    Args:
+        model: A causal language model, frozen.
+        ids: Some tokens. Shape: `(1, length)`.
+        layers: Name -> module.
+
+    Raises:
+        ValueError: If the output of experts is not linear in their neurons.
+    """
+    experts = {name: module for name, module in layers.items() if is_fused_experts(module)}
+    if not experts:
+        return
+    errors: dict[str, float] = {}
+
+    def compare(module: nn.Module, args: tuple[object, ...], output: Tensor, name: str) -> None:
+        if name in errors:
+            # A call of `with_neurons_times`.
+            return
+        errors[name] = 0.0
+        rest, half = (with_neurons_times(factor, module, args).double() for factor in (0.0, 0.5))
+        whole = output.double() - rest
+        size = whole.norm().item()
+        errors[name] = (half - rest - whole / 2).norm().item() / size if size else 0.0
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in experts.items():
+            stack.callback(module.register_forward_hook(partial(compare, name=name)).remove)
+        model(input_ids=ids, use_cache=False)
+    for name, error in errors.items():
+        if error > (_TOLERANCE if neuron_weight(experts[name]).dtype.itemsize >= 4 else _LOW_PRECISION_TOLERANCE):
+            wrong = f"Half the neurons of experts {name!r} give half the output but for a share of {error:.2g}"
+            raise ValueError(problem(wrong, "an output that is linear in its neurons", "Leave the layer out."))

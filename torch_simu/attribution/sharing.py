@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from torch_simu._checks import problem
+from torch_simu.attribution.methods.sums import LayerSum
 from torch_simu.attribution.sequences import ScoredSequence
 
 
@@ -35,13 +35,12 @@ def share_of(sequences: Sequence[ScoredSequence], fingerprint: str, group: dist.
     return list(sequences[dist.get_rank(group) :: dist.get_world_size(group)])
 
 
-def added_up(
-    scores: Mapping[str, Tensor], errors: Mapping[str, float], group: dist.ProcessGroup
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the sums over all processes: scores and completeness errors, layer by layer."""
+def added_up(sums: Mapping[str, LayerSum], group: dist.ProcessGroup) -> dict[str, LayerSum]:
+    """Return the sums over all processes, layer by layer."""
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    flat = torch.cat([*scores.values(), torch.tensor([errors[layer] for layer in scores], dtype=torch.float64)])
-    flat = flat.to(device)
+    numbers = torch.tensor([(each.completeness_error, each.change_size) for each in sums.values()], dtype=torch.float64)
+    flat = torch.cat([*(each.scores for each in sums.values()), numbers.flatten()]).to(device)
     dist.all_reduce(flat, group=group)
-    *parts, summed = flat.cpu().split([*(score.numel() for score in scores.values()), len(scores)])
-    return dict(zip(scores, parts, strict=True)), dict(zip(scores, summed.tolist(), strict=True))
+    *scores, numbers = flat.cpu().split([*(each.scores.numel() for each in sums.values()), numbers.numel()])
+    found = zip(sums, scores, numbers.reshape(-1, 2).tolist(), strict=True)
+    return {layer: LayerSum(score, *pair) for layer, score, pair in found}

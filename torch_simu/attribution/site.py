@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.attribution.experts import experts_scores, without_neurons
+from torch_simu.attribution.experts import experts_scores, with_neurons_times
 from torch_simu.layers import is_fused_experts
 
 
@@ -19,7 +19,7 @@ class Site:
     """Where the neurons of one layer are scaled in one pass, and what was found there.
 
     Of a linear layer that is its input. Fused experts show their neurons nowhere, but their output is linear in them:
-    it is scaled instead, less the experts' biases, and the gradient goes on to each neuron from there.
+    it is scaled instead, less what is no neuron's, and the gradient goes on to each neuron from there.
 
     Args:
         name: The layer's name, for messages.
@@ -90,7 +90,7 @@ class Site:
 
     def _scale_output(self, module: nn.Module, args: tuple[object, ...], output: object) -> Tensor | None:
         if self._calls and self.leaf is None:
-            # The module called by `without_neurons`, for the biases.
+            # A call of `with_neurons_times`.
             return None
         found = self._checked(output)
         inputs = [arg for arg in args if isinstance(arg, Tensor)]
@@ -102,10 +102,10 @@ class Site:
             arg.detach().reshape(self.streams, self.tokens, *arg.shape[1 if arg.dim() < 3 else 2 :]) for arg in inputs
         )
         self._inputs = tuple(self.pick(arg).flatten(0, -2) for arg in rows)
-        rest = without_neurons(module, args)
-        whole = (found if rest is None else found - rest).reshape(self.streams, self.tokens, -1)
+        rest = with_neurons_times(0.0, module, args)
+        whole = (found - rest).reshape(self.streams, self.tokens, -1)
         new = self._replaced(whole).reshape(-1, *found.shape[1:])
-        return new if rest is None else new + rest
+        return new + rest
 
     def _checked(self, found: object) -> Tensor:
         self._calls += 1

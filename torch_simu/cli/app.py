@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from torch_simu.cli.console import progress_bars, show_report
-from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
+from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
 from torch_simu.cli.patch import app as patch_app
@@ -59,6 +59,9 @@ Device = Annotated[str | None, typer.Option(help="Where to run, cuda:0 say; the 
 Dtype = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, bfloat16 or float16.")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut prompts so that a row has at most this many tokens.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+Incompleteness = Annotated[
+    float | None, typer.Option(help="Refuse scores that miss a larger share of the change that they explain.")
+]
 Layers = Annotated[str | None, typer.Option(help="Regular expression for the MLP down projections of unknown models.")]
 
 
@@ -111,6 +114,7 @@ def unlearn(
     forget_target: Annotated[float, typer.Option(help="Stop at this mean forget probability.")] = cast(
         "float", _RUN.forget_target
     ),
+    max_completeness_error: Incompleteness = _RUN.max_completeness_error,
     max_steps: Annotated[int, typer.Option(help="Steps at most.")] = _RUN.max_steps,
     batch_size: BatchSize = _RUN.forget_batch_size,
     max_length: MaxLength = None,
@@ -131,6 +135,7 @@ def unlearn(
         threshold=threshold,
         attention=cast("Literal['frozen', 'full']", attention),
         layers=layers,
+        max_completeness_error=max_completeness_error,
         forget_target=forget_target,
         max_steps=max_steps,
         forget_batch_size=batch_size,
@@ -209,6 +214,7 @@ def attribute(
         float, typer.Option(help="Share of the largest score, for --rule threshold.")
     ] = _RUN.threshold,
     steps: Annotated[int, typer.Option(help="Path steps.")] = _RUN.attribution_steps,
+    max_completeness_error: Incompleteness = _RUN.max_completeness_error,
     layers: Layers = None,
     max_length: MaxLength = None,
     dtype: Dtype = "auto",
@@ -221,11 +227,12 @@ def attribute(
         fraction=fraction,
         threshold=threshold,
         attribution_steps=steps,
+        max_completeness_error=max_completeness_error,
         layers=layers,
     )
     console = Console()
     with progress_bars(console) as progress:
-        selection = attribute_job(
+        selection, attribution = attribute_job(
             model,
             forget,
             retain,
@@ -236,7 +243,7 @@ def attribute(
             force=force,
             progress=progress,
         )
-    console.print(f"{selection}\nScores, selection and heat map: {out}", highlight=False)
+    console.print(f"{selection}\n{missed(attribution)}\nScores, selection and heat map: {out}", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -101,7 +101,10 @@ def unlearn_job(
             config.seed,
             {"before": before, config.method: after},
             config.to_json(),
-            bargain(before, after, config.forget_target, reached=done.reached),
+            [
+                *bargain(before, after, config.forget_target, reached=done.reached),
+                *([] if done.attribution is None else [missed(done.attribution)]),
+            ],
             reached=done.reached,
         )
         with whole_folder(out, force=force) as folder:
@@ -135,7 +138,7 @@ def attribute_job(
     max_length: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> NeuronSelection:
+) -> tuple[NeuronSelection, Attribution]:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
     Raises:
@@ -160,7 +163,13 @@ def attribute_job(
         )
         with whole_folder(out, force=force) as folder:
             _save_scores(selection, attribution, folder)
-    return selection
+    return selection, attribution
+
+
+def missed(attribution: Attribution) -> str:
+    """Say how far the scores are from adding up."""
+    share = max(attribution.incompleteness.values(), default=0.0)
+    return f"The scores of a layer miss at most {share:.1%} of the change that they explain."
 
 
 def _save_scores(selection: NeuronSelection, attribution: Attribution, folder: Path) -> None:
@@ -172,7 +181,9 @@ def _save_scores(selection: NeuronSelection, attribution: Attribution, folder: P
             "selected": len(selection[layer]),
             "num_neurons": selection.num_neurons[layer],
             "largest_score": attribution.scores[layer].max().item(),
+            "sum": attribution.scores[layer].sum().item(),
             "completeness_error": float(attribution.completeness_error[layer]),
+            "incompleteness": attribution.incompleteness[layer],
         }
         for layer in selection
     }

@@ -52,6 +52,7 @@ class UnlearnConfig:
         layers: Regular expression for the down projections; None: known from the model type.
         attribution_method: As `method` of `attribute_neurons`.
         attribution_steps: Path steps of the attribution.
+        max_completeness_error: As in `attribute_neurons`: scores of a layer that miss a larger share are refused.
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
         lr: Step size: the largest change of one weight per step (Sophia), or AdamW's learning rate.
         betas: Decay of momentum and curvature (Sophia); AdamW keeps (0.9, 0.999).
@@ -90,6 +91,7 @@ class UnlearnConfig:
     layers: str | None = None
     attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
     attribution_steps: int = 10
+    max_completeness_error: float | None = 0.2
     attribution_rows: int = 400
     lr: float = 1e-4
     betas: tuple[float, float] = (0.965, 0.99)
@@ -119,6 +121,8 @@ class UnlearnConfig:
         for name in ("retain_weight", "lr", "rho", "weight_decay"):
             check_number(name, getattr(self, name))
         check_number("clip", self.clip, low_open=True)
+        if self.max_completeness_error is not None:
+            check_number("max_completeness_error", self.max_completeness_error)
         if self.forget_target is not None:
             check_number("forget_target", self.forget_target, high=1.0)
         for field in dataclasses.fields(self):

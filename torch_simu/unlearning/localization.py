@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from torch_simu.attribution import Attribution, attribute_neurons
+from torch_simu.attribution import Attribution, attribute_neurons, check_complete
 from torch_simu.layers import down_projections
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import RunCheckpoint
@@ -47,7 +47,7 @@ def choose_neurons(
 
     def scores(stage: str, examples: Sequence[Example]) -> Attribution:
         check_fits(model, examples)
-        return attribute_neurons(
+        found = attribute_neurons(
             model,
             batches_in_order(examples, 32, pad_id),
             select=config.layers,
@@ -55,7 +55,11 @@ def choose_neurons(
             method=config.attribution_method,
             resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
             progress=counted(progress, stage),
+            max_completeness_error=None,
         )
+        if config.max_completeness_error is not None:
+            check_complete(found, config.max_completeness_error)
+        return found
 
     attribution = scores("attribute forget", forget)
     if config.rule == "threshold":

@@ -14,7 +14,9 @@ from torch_simu.unlearning.demo.demo import run_demo
 
 SMALL = dataclasses.replace(
     RECIPE,
-    unlearning=UnlearnConfig(max_steps=4, attribution_steps=2, forget_batch_size=6, retain_batch_size=6),
+    unlearning=UnlearnConfig(
+        max_steps=4, attribution_steps=2, max_completeness_error=None, forget_batch_size=6, retain_batch_size=6
+    ),
     tuned={method: {"lr": 5e-3} for method in METHODS},
 )
 TIMES = ("seconds",)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from torch_simu.attribution.methods.call import device_of
+from torch_simu.attribution.methods.call import device_of, text_config
 from torch_simu.layers import d_model, is_fused_experts, is_neuron_layer, neuron_weight, num_neurons
 
 _HOST_BYTES = 2**30
@@ -21,7 +21,7 @@ def bytes_per_token(model: nn.Module) -> int:
     widths = [d_model(module) for module in model.modules() if is_neuron_layer(module)]
     for module in filter(is_fused_experts, model.modules()):
         experts = len(neuron_weight(module))
-        chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or experts
+        chosen = getattr(text_config(model), "num_experts_per_tok", None) or experts
         # Gate, up and hidden activations of the experts that a token goes through, and what each of them gives.
         widths += [chosen * 3 * num_neurons(module) // experts, chosen * d_model(module)]
     return 2 * max(floating, default=4) * sum(widths) + 8 * max(widths, default=0)

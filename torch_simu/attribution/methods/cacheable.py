@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.attribution.methods.call import accepts
+from torch_simu.attribution.methods.call import accepts, text_config
 from torch_simu.attribution.methods.sums import NotApplicableError
+from torch_simu.attribution.positions import mixed_lengths
+from torch_simu.attribution.sequences import ScoredSequence
 
 ADVICE = "Use method='prefix', which is exact and slower."
 
@@ -19,7 +23,7 @@ def windows_of(model: nn.Module) -> dict[str, int]:
     Raises:
         NotApplicableError: If a layer is of another kind.
     """
-    config = getattr(model, "config", None)
+    config = text_config(model)
     sizes = {kind: getattr(config, name, None) for kind, name in _WINDOWS}
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
@@ -33,7 +37,7 @@ def windows_of(model: nn.Module) -> dict[str, int]:
     return {kind: sizes.get(kind) or 2**62 for kind in sorted(kinds)}
 
 
-def check_cacheable(model: nn.Module) -> None:
+def check_cacheable(model: nn.Module, sequences: Sequence[ScoredSequence]) -> None:
     """Raise `NotApplicableError` where a position reads more, or less, than cached keys and values of its prefix."""
     config = getattr(model, "config", None)
     if not accepts(model, "past_key_values") or getattr(config, "is_encoder_decoder", False):
@@ -41,11 +45,14 @@ def check_cacheable(model: nn.Module) -> None:
     if getattr(model, "_is_stateful", False):
         raise NotApplicableError(problem("The model mixes positions by a recurrent state", "attention only", ADVICE))
     windows_of(model)
+    if lengths := mixed_lengths(model, sequences):
+        wrong = f"Positions are turned otherwise in a pass over {lengths[1]} tokens than over {lengths[0]}"
+        raise NotApplicableError(problem(wrong, "keys that do not depend on the tokens after them", ADVICE))
 
 
 def check_masks(model: nn.Module) -> None:
     """Raise `NotApplicableError` where the model takes no mask and no position for each query."""
-    config = getattr(model, "config", None)
+    config = text_config(model)
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in ("sdpa", "eager"):
         wrong = f"The attention implementation is {implementation!r}"

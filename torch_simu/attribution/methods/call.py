@@ -1,9 +1,9 @@
-"""Call: what a model's forward pass takes, on which device, and the logits that it gives."""
+"""Call: what a model's forward pass takes, on which device, the logits that it gives, and its text configuration."""
 
 from __future__ import annotations
 
 import inspect
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: object) -> Tensor:
 def accepts(model: nn.Module, argument: str) -> bool:
     """Say whether the model's forward pass names the argument."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def text_config(model: nn.Module) -> object:
+    """Return the configuration of the model's language part, which multimodal ones keep inside; None: there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def device_of(model: nn.Module) -> torch.device:

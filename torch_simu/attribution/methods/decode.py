@@ -38,16 +38,16 @@ def decode_sums(
     Raises:
         NotApplicableError: If the model's layers do more than attention over these sequences.
     """
-    check_cacheable(model)
+    check_cacheable(model, sequences)
     prefixes = _prefixes(model, sequences)
-    clean = path.values(prefixes.clean, prefixes.targets).double().sum().item()
+    clean = path.values(prefixes.clean, prefixes.targets)
     count = prefixes.ids.numel()
     per_prefix = sum(each[0].nbytes for each in (*prefixes.keys, *prefixes.values))
     # Joining a token to its prefix copies the prefix.
     sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, 0, 2 * per_prefix + bytes_per_token(model))
     for name, module in layers.items():
         values = partial(_token_values, prefixes, name, module, path)
-        yield name, path_sums(values, path, Chunks(*sizes), count, clean)[name]
+        yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,7 +55,7 @@ def _together(
             # A layer above a scaled one sees its effect: each is scaled from what it gets in a clean pass.
             with torch.no_grad():
                 _, clean = _values(model, layers, padded, None, path, [1.0])
-        sums.append(path_sums(partial(_values, model, layers, padded, clean, path), path, padded.chunks))
+        sums.append(path_sums(model, partial(_values, model, layers, padded, clean, path), path, padded.chunks))
     for name in layers:
         yield name, sum((each[name] for each in sums[1:]), start=sums[0][name])
 

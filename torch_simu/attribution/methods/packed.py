@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch_simu._checks import problem
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
 from torch_simu.attribution.methods.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
-from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.methods.call import device_of, logits_at, text_config
 from torch_simu.attribution.methods.sums import LayerSum, NotApplicableError, path_sums
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
@@ -50,15 +50,15 @@ def packed_sums(
     Raises:
         NotApplicableError: If the model's layers do more than full attention over these sequences.
     """
-    check_cacheable(model)
+    check_cacheable(model, sequences)
     check_masks(model)
     pack = _pack(model, sequences, layers)
-    clean = path.values(pack.clean[0], pack.targets).double().sum().item()
+    clean = path.values(pack.clean[0], pack.targets)
     count = pack.queries.numel()
     sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, pack.cache_bytes, bytes_per_token(model))
     for name, module in layers.items():
         values = partial(_stream_values, pack, name, module, path)
-        yield name, path_sums(values, path, Chunks(*sizes), count, clean)[name]
+        yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
 
 
 class _CacheLayer(Protocol):
@@ -176,7 +176,7 @@ def _masks(model: nn.Module, windows: Mapping[str, int], visible: Callable[[str]
 
 def _mask_of(model: nn.Module, visible: Tensor) -> Tensor:
     """Return the mask as the model's attention takes it. Shape: `(1, 1, num_queries, num_keys)`."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+    if getattr(text_config(model), "_attn_implementation", None) == "sdpa":
         return visible[None, None]
     dtype = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
     hidden = torch.finfo(dtype).min

@@ -35,7 +35,7 @@ def prefix_sums(
             values = partial(_prefix_values, model, name, module, ids, targets, path)
             points = max(1, min(path.steps + 2, tokens // (count * length)))
             chunks = Chunks(points, max(1, min(count, tokens // (points * length))))
-            sums.append(path_sums(values, path, chunks, count)[name])
+            sums.append(path_sums(model, values, path, chunks, count)[name])
         yield name, sum(sums[1:], start=sums[0])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_simu._checks import problem
+from torch_simu.attribution.methods.cacheable import ADVICE
 from torch_simu.attribution.methods.prefix import prefix_sums
 from torch_simu.attribution.methods.sums import Method, NotApplicableError
 from torch_simu.attribution.path import Path
@@ -17,6 +19,10 @@ from torch_simu.attribution.sequences import ScoredSequence
 
 _TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float64: 1e-8, torch.float32: 1e-3})
 _LOW_PRECISION_TOLERANCE = 0.1
+_TELLING = 2
+# Models fail in many ways on arguments that they do not foresee; the definition remains.
+_FAILURES = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
+_AGREEMENT = "agreement with one pass per prefix"
 
 
 def fastest_exact(
@@ -43,57 +49,126 @@ def fastest_exact(
         UserWarning: If no candidate agrees, or one that applies does not; the message names the model and each
             candidate's error.
     """
-    few_sequences, few_layers = _few(sequences, layers)
-    few_path = Path(path.objective, path.rule, 2)
-    expected = {name: found.scores for name, found in prefix_sums(model, few_sequences, few_layers, few_path)}
+    sample = _Sample(model, sequences, layers, path)
     problems: dict[str, bool] = {}
     chosen = "prefix"
     for name, method in candidates.items():
         try:
-            found = {layer: sums.scores for layer, sums in method(model, few_sequences, few_layers, few_path)}
+            found = sample.scores(method)
         except NotApplicableError as error:
             problems[f"{name} does not apply ({error})"] = False
             continue
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-            # Models fail in many ways on arguments that they do not foresee; the definition remains.
+        except _FAILURES as error:
             problems[f"{name} fails ({error})"] = True
             continue
-        worst = max(_relative_error(found[layer], expected[layer]) for layer in few_layers)
+        worst = sample.error(found)
         if worst <= _tolerance(model):
             chosen = name
             break
         problems[f"{name} is off by a factor of {worst:.2g}"] = True
     if chosen == "prefix" or any(problems.values()):
         wrong = f"For {type(model).__name__}, {' and '.join(problems)}"
-        text = problem(wrong, "agreement with one pass per prefix", f"Method {chosen!r} is used.")
+        text = problem(wrong, _AGREEMENT, f"Method {chosen!r} is used.")
         warnings.warn(text, UserWarning, stacklevel=4)
     return chosen
+
+
+def check_exact(
+    model: nn.Module,
+    sequences: Sequence[ScoredSequence],
+    layers: Mapping[str, nn.Module],
+    path: Path,
+    name: str,
+    method: Method,
+) -> None:
+    """Raise `NotApplicableError` if a method does not agree with "prefix" on a spot check; at its cost.
+
+    Args:
+        model: A causal language model, frozen.
+        sequences: Sequences with samples.
+        layers: Name -> module.
+        path: Objective and path points.
+        name: The method's name, for the message.
+        method: The method.
+    """
+    sample = _Sample(model, sequences, layers, path)
+    try:
+        found = sample.scores(method)
+    except NotApplicableError:
+        raise
+    except _FAILURES as error:
+        # The exception itself may be the caller's own, from a hook.
+        error.add_note(problem(f"For {type(model).__name__}, {name} fails", _AGREEMENT, ADVICE))
+        raise
+    worst = sample.error(found)
+    # NaN compares false, so that it never passes for agreement.
+    if not worst <= _tolerance(model):
+        wrong = f"For {type(model).__name__}, {name} is off by a factor of {worst:.2g}"
+        raise NotApplicableError(problem(wrong, _AGREEMENT, ADVICE))
+
+
+class _Sample:
+    """A few samples and layers, and what "prefix" finds there."""
+
+    def __init__(
+        self, model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    ) -> None:
+        few_sequences, few_layers = _few(sequences, layers)
+        self.arguments = model, few_sequences, few_layers, Path(path.objective, path.rule, 2)
+
+    def scores(self, method: Method) -> dict[str, Tensor]:
+        """Return the scores of each layer by a method."""
+        return {layer: sums.scores for layer, sums in method(*self.arguments)}
+
+    @cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """The scores of each layer by definition; no pass is made before they are asked for."""
+        return self.scores(prefix_sums)
+
+    def error(self, found: Mapping[str, Tensor]) -> float:
+        """Return the largest relative error of a layer's scores."""
+        errors = [_relative_error(found[layer], scores) for layer, scores in self.expected.items()]
+        return float(torch.tensor(errors).max())
 
 
 def _few(
     sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module]
 ) -> tuple[list[ScoredSequence], dict[str, nn.Module]]:
-    """Return two sequences with two samples each, the longest sequence among them, and the first and another layer."""
+    """Return the samples with the shortest and the longest prefix, one more beside each, and two layers.
+
+    Windows, and positions that are turned by the length of the pass, show where prefixes are long or differ in length.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int) -> int:
         return int(torch.randint(size, (), generator=generator))
 
-    chosen = [sequences[-1]] if len(sequences) == 1 else [sequences[draw(len(sequences) - 1)], sequences[-1]]
+    longest = max(range(len(sequences)), key=lambda number: len(sequences[number]))
+    earliest = min(range(len(sequences)), key=lambda number: _first_telling(sequences[number])[1])
+    kept = {longest: {sequences[longest].num_samples - 1}}
+    kept.setdefault(earliest, set()).add(_first_telling(sequences[earliest])[0])
     few_sequences = []
-    for sequence in chosen:
-        keep = torch.tensor(sorted({draw(sequence.num_samples), sequence.num_samples - 1}))
-        few_sequences.append(ScoredSequence(sequence.ids, sequence.queries[keep], sequence.targets[keep]))
+    for number in sorted(kept):
+        sequence = sequences[number]
+        keep = torch.tensor(sorted(kept[number] | {draw(sequence.num_samples)}))
+        queries = sequence.queries[keep]
+        few_sequences.append(ScoredSequence(sequence.ids[: int(queries[-1]) + 1], queries, sequence.targets[keep]))
     names = list(layers)
     # The first layer has all others above it, where a method can go wrong.
-    kept = {names[0], names[draw(len(names))]}
-    return few_sequences, {name: layers[name] for name in names if name in kept}
+    few_layers = {names[0], names[draw(len(names))]}
+    return few_sequences, {name: layers[name] for name in names if name in few_layers}
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _first_telling(sequence: ScoredSequence) -> tuple[int, int]:
+    """Return the first sample whose prefix is long enough for positions to matter, and the length; else the last."""
+    lengths = (sequence.queries + 1).tolist()
+    found = [(number, length) for number, length in enumerate(lengths) if length >= _TELLING]
+    return found[0] if found else (len(lengths) - 1, 2**62)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
     size = expected.norm().item()
     error = (found - expected).norm().item()
-    # NaN compares false below, so that it never passes for agreement.
     return 0.0 if error == 0 else error / size if size else float("inf")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -31,56 +32,79 @@ class LayerSum:
     Attributes:
         scores: Attribution of each neuron, in units of the objective. Shape: `(num_neurons,)`, float64 on the CPU.
         completeness_error: Sum of the scores minus the change of the objective along the path.
+        change_size: Sum over samples of the size of that change, but of each at least what the model's precision tells.
     """
 
     scores: Tensor
-    completeness_error: float
+    completeness_error: float = 0.0
+    change_size: float = 0.0
 
     def __add__(self, other: LayerSum) -> LayerSum:
-        return LayerSum(self.scores + other.scores, self.completeness_error + other.completeness_error)
+        return LayerSum(
+            self.scores + other.scores,
+            self.completeness_error + other.completeness_error,
+            self.change_size + other.change_size,
+        )
 
 
 def path_sums(
+    model: nn.Module,
     evaluate: Callable[[list[float], slice], tuple[Tensor, Mapping[str, Site]]],
     path: Path,
     chunks: Chunks,
     num_queries: int = 1,
-    clean: float | None = None,
+    clean: Tensor | None = None,
 ) -> dict[str, LayerSum]:
     """Integrate along a path that some layers are on.
 
     Args:
-        evaluate: From path points and a range of queries to F, `(num_alphas, num_values)`, and the scaled layers.
+        model: The model, for its precision.
+        evaluate: From path points and a range of queries to F, `(num_alphas, num_values)`, and the scaled layers. There
+            is one value for each query, or one query for all values.
         path: Objective and path points.
         chunks: How many points and queries go through one pass.
         num_queries: What the ranges are cut from.
-        clean: The sum of F at the end of the path, where it is known.
+        clean: F of each value at the end of the path, where it is known. Shape: `(num_values,)`.
 
     Returns:
-        Layer -> its sum; the error of each is that of all together.
+        Layer -> its sum; error and change of each are those of all together.
     """
     # Both ends are measured on the way: a stream more costs less than a pass of its own.
     points = [*path.alphas, 0.0] if clean is not None else [*path.alphas, 0.0, 1.0]
-    change = clean or 0.0
+    ends: dict[int, list[tuple[int, Tensor]]] = {path.steps: [], path.steps + 1: []}
     totals: dict[str, Tensor] = {}
+    nothing = torch.zeros(0, dtype=torch.float64)
 
-    def one(which: slice, queries: slice) -> tuple[float, dict[str, Tensor]]:
+    def one(which: slice, queries: slice) -> dict[str, Tensor]:
         alphas = points[which]
         values, sites = evaluate(alphas, queries)
-        ends = values.detach().double().sum(-1).tolist()
-        moved = sum(end * {path.steps: -1, path.steps + 1: 1}.get(which.start + i, 0) for i, end in enumerate(ends))
+        measured = [number for number in ends if number in range(which.start, which.stop)]
         inner = min(len(alphas), path.steps - which.start)
-        if inner <= 0:
-            return moved, {}
-        leaves = [cast("Tensor", site.leaf) for site in sites.values()]
-        gradients = torch.autograd.grad(values[:inner].sum(), leaves)
-        found = zip(sites.items(), gradients, strict=True)
-        return moved, {name: site.scores(gradient[:inner]) for (name, site), gradient in found}
+        found: dict[str, Tensor] = {}
+        if inner > 0:
+            leaves = [cast("Tensor", site.leaf) for site in sites.values()]
+            gradients = torch.autograd.grad(values[:inner].sum(), leaves)
+            pairs = zip(sites.items(), gradients, strict=True)
+            found = {name: site.scores(gradient[:inner]) for (name, site), gradient in pairs}
+        for number in measured:
+            ends[number].append((queries.start, values[number - which.start].detach().double().cpu()))
+        return found
 
-    for moved, scores in chunks.run(one, len(points), num_queries):
-        change += moved
+    for scores in chunks.run(one, len(points), num_queries):
         for name, score in scores.items():
             totals[name] = totals[name] + score if name in totals else score
+    parts = ([each for _, each in sorted(found, key=itemgetter(0))] for found in ends.values())
+    start, end = (torch.cat([nothing, *found]) for found in parts)
+    if clean is not None:
+        end = clean.detach().double().cpu()
     means = {name: total / path.steps for name, total in totals.items()}
-    error = sum(mean.sum().item() for mean in means.values()) - change
-    return {name: LayerSum(mean, error) for name, mean in means.items()}
+    error = sum(mean.sum().item() for mean in means.values()) - (end - start).sum().item()
+    told = torch.maximum((end - start).abs(), _precision(model) * torch.maximum(start.abs(), end.abs()))
+    return {name: LayerSum(mean, error, told.sum().item()) for name, mean in means.items()}
+
+
+def _precision(model: nn.Module) -> float:
+    """Return the share of F below which the model's rounding hides a change."""
+    # Layers with 8-bit codes round activations, too.
+    dtypes = {torch.bfloat16 if param.dtype == torch.int8 else param.dtype for param in model.parameters()}
+    return 16 * max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)

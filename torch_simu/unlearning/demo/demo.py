@@ -49,6 +49,7 @@ def _shared_choices() -> UnlearnConfig:
         fraction=0.1,
         hessian_interval=5,
         attribution_steps=5,
+        max_completeness_error=None,
         forget_batch_size=24,
         retain_batch_size=24,
         hessian_batch_size=24,
