@@ -119,6 +119,8 @@ def test_maximize_is_the_step_on_the_negated_gradient(layer, o, seed):
         down.grad = -up.grad
         ascending.step()
         descending.step()
+        for each in (ascending, descending):
+            each.update_hessian(3)
     assert torch.equal(up, down)
 
 
@@ -139,7 +141,7 @@ def test_grad_scale_undoes_the_scaling_of_the_loss(layer, o, seed, scale):
 )
 def test_steps_below_the_spacing_of_bfloat16_survive_only_rounded_or_on_a_master_copy(way, low, high):
     param = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
-    optimizer = SIMUOptimizer([param], lr=1e-4, **way)
+    optimizer = SIMUOptimizer([param], lr=1e-4, hessian_interval=100, **way)
     for _ in range(70):
         param.grad = torch.ones_like(param)
         optimizer.step()
@@ -200,6 +202,36 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
         return loss
 
     assert optimizer.step(closure).item() == 2.0
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_loop_that_never_refreshes_is_told_once(capturable):
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = SIMUOptimizer([param], hessian_interval=2, capturable=capturable)
+
+    def steps(number):
+        for _ in range(number):
+            param.grad = torch.ones(2)
+            optimizer.step()
+
+    steps(4)
+    with pytest.warns(RuntimeWarning, match="The curvature was never refreshed in 5 steps") as caught:
+        steps(10)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("options", [{"curvature": "squared_gradient"}, {"refresh": True}, {"loaded": True}])
+def test_a_loop_that_refreshes_or_goes_on_from_one_that_did_is_not_told(options):
+    param, refresh, loaded = nn.Parameter(torch.zeros(2)), options.pop("refresh", False), options.pop("loaded", False)
+    optimizer = SIMUOptimizer([param], hessian_interval=2, **options)
+    for number in range(8):
+        param.grad = torch.ones(2)
+        optimizer.step()
+        if (refresh or loaded) and number == 0:
+            optimizer.update_hessian(1)
+        if loaded and number == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_diagnostics_count_unclipped_entries():
@@ -281,6 +313,22 @@ class TestErrors:
             SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"9": [1]}, {"9": 4}))
         with pytest.raises(ValueError, match=r"has shape \(3, 4\), expected 7 neurons"):
             SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"0": [1]}, {"0": 7}))
+
+    @pytest.mark.parametrize("shape", [(4, 4), (5, 3, 4), (4,)])
+    def test_a_weight_whose_shape_does_not_say_what_its_neurons_are_is_refused(self, shape):
+        named = [("0.weight", nn.Parameter(torch.zeros(shape)))]
+        with pytest.raises(ValueError, match=r"Parameter '0.weight' has shape .*, expected"):
+            SIMUOptimizer(named, selection=NeuronSelection({"0": [1]}, {"0": 4}))
+
+    def test_parameters_without_data_are_refused_where_they_would_train(self):
+        layers = [nn.Linear(4, 3, bias=False, device=device) for device in ("meta", "cpu")]
+        for groups in ([layers[0].weight], [{"params": [layers[0].weight], "neurons": [[1]]}]):
+            with pytest.raises(ValueError, match="Parameter 0 is on the meta device, expected data"):
+                SIMUOptimizer(groups)
+        model = nn.Sequential(*layers)
+        with pytest.raises(ValueError, match="The weight of layer '0' is on the meta device, expected data"):
+            NeuronSelection({"0": [1]}, {"0": 4}).param_groups(model, attention="frozen")
+        SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"1": [1]}, {"1": 4}))
 
     def test_a_refresh_needs_a_positive_number_of_tokens(self):
         optimizer = SIMUOptimizer([nn.Parameter(torch.ones(2))])
