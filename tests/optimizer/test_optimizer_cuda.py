@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from tests.fake_cuda import Waits, fake_cuda
 from torch_simu import SIMUOptimizer
@@ -66,7 +67,8 @@ def test_waiting_is_seen():
         tensor = fake(torch.zeros(3))
         with Waits() as waits:
             tensor.cpu()
-            torch.zeros(3).to("cuda")
-            tensor.nonzero()
-            tensor.sum().item()
+            torch.ops.aten._to_copy(torch.zeros(3), device=torch.device("cuda"))
+            tensor.isfinite().all().to("cpu")
+            with pytest.raises(DataDependentOutputException):
+                tensor.sum().item()
     assert sum(waits.counts.values()) == 4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu.columns import NeuronDim, dims_of, num_columns
-from torch_simu.neurons import NeuronSelection
+from torch_simu.neurons import NeuronSelection, checked_indices
 from torch_simu.optimizer.storage import check_blockwise
 
 _STATE_DTYPES = ("float32", "float64", "bfloat16", "uint8")
@@ -140,5 +140,5 @@ def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[li
             expected = f"a dimension of parameter {number}, {tuple(param.shape)}, or a tuple of different ones"
             raise ValueError(problem(f"neuron_dim is {dim}", expected))
         name = f"params[{number}]"
-        checked.append(NeuronSelection({name: chosen}, {name: max(1, num_columns(param.shape, dim))})[name].tolist())
+        checked.append(list(checked_indices(name, chosen, max(1, num_columns(param.shape, dim)))))
     return checked

@@ -58,7 +58,7 @@ class Guard:
             return False
         if finite.device not in self._there:
             self._there[finite.device] = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._there[finite.device] += ~finite
+        self._there[finite.device] += finite.logical_not()
         return finite
 
     def say(self, what: str = "", *, frames: int = 3) -> None:
