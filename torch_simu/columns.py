@@ -42,7 +42,9 @@ class Columns:
             return tensor
         if isinstance(self.dim, int):
             return tensor.index_select(self.dim, self.indices)
-        return self._first(tensor)[self._coordinates(tensor)]
+        # What brackets call: they look for the driver of a device first, which fake tensors do not need.
+        found: Tensor = torch.ops.aten.index.Tensor(self._first(tensor), list(self._coordinates(tensor)))
+        return found
 
     def write_(self, tensor: Tensor, value: Tensor) -> None:
         """Write the entries. Shape of `value`: as `gather` returns it."""
@@ -51,7 +53,7 @@ class Columns:
         elif isinstance(self.dim, int):
             tensor.index_copy_(self.dim, self.indices, value)
         else:
-            self._first(tensor)[self._coordinates(tensor)] = value
+            self._first(tensor).index_put_(self._coordinates(tensor), value)
 
     def add_(self, tensor: Tensor, value: Tensor) -> None:
         """Add to the entries. Shape of `value`: as `gather` returns it."""
@@ -82,7 +84,12 @@ class Columns:
     def _coordinates(self, tensor: Tensor) -> tuple[Tensor, ...]:
         assert self.indices is not None
         assert not isinstance(self.dim, int)
-        return torch.unravel_index(self.indices, [tensor.shape[dim] for dim in self.dim])
+        # By arithmetic, because torch.unravel_index copies the sizes to the device each time, and waits for it.
+        rest, coordinates = self.indices, []
+        for size in (tensor.shape[dim] for dim in reversed(self.dim)):
+            coordinates.append(rest % size)
+            rest = rest // size
+        return tuple(reversed(coordinates))
 
 
 def dims_of(dim: NeuronDim) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class NeuronSelection(Mapping[str, Tensor]):
                 )
         self._num_neurons: Mapping[str, int] = MappingProxyType(sizes)
         self._indices: dict[str, tuple[int, ...]] = {
-            layer: _checked_indices(layer, neurons.get(layer, ()), size) for layer, size in sizes.items()
+            layer: checked_indices(layer, neurons.get(layer, ()), size) for layer, size in sizes.items()
         }
 
     @classmethod
@@ -302,12 +302,21 @@ class NeuronSelection(Mapping[str, Tensor]):
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
+    if param.is_meta:
+        where = "Load the model, or keep the layer on a device that is not offloaded."
+        raise ValueError(problem(f"The weight of layer {name!r} is on the meta device", "data", where))
     if not param.is_floating_point():
         wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
         raise ValueError(problem(wrong, "a floating-point weight", advice))
 
 
-def _checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:
+def checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:
+    """Return the indices of a layer of `size` neurons, sorted and without duplicates.
+
+    Raises:
+        ValueError: If one is out of bounds.
+        TypeError: If one is not a whole number, or they are not iterable.
+    """
     if isinstance(indices, Tensor):
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             advice = "Use NeuronSelection.from_masks for masks." if indices.dtype == torch.bool else ""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests import laws
-from tests.strategies import Layer, Options, float_dtypes, layers, normal, options, seeds
+from tests.strategies import Options, float_dtypes, layers, normal, options, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer
 
 ways = st.sampled_from(
@@ -119,6 +119,8 @@ def test_maximize_is_the_step_on_the_negated_gradient(layer, o, seed):
         down.grad = -up.grad
         ascending.step()
         descending.step()
+        for each in (ascending, descending):
+            each.update_hessian(3)
     assert torch.equal(up, down)
 
 
@@ -139,7 +141,7 @@ def test_grad_scale_undoes_the_scaling_of_the_loss(layer, o, seed, scale):
 )
 def test_steps_below_the_spacing_of_bfloat16_survive_only_rounded_or_on_a_master_copy(way, low, high):
     param = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
-    optimizer = SIMUOptimizer([param], lr=1e-4, **way)
+    optimizer = SIMUOptimizer([param], lr=1e-4, hessian_interval=100, **way)
     for _ in range(70):
         param.grad = torch.ones_like(param)
         optimizer.step()
@@ -202,6 +204,36 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned():
     assert optimizer.step(closure).item() == 2.0
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_loop_that_never_refreshes_is_told_once(capturable):
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = SIMUOptimizer([param], hessian_interval=2, capturable=capturable)
+
+    def steps(number):
+        for _ in range(number):
+            param.grad = torch.ones(2)
+            optimizer.step()
+
+    steps(4)
+    with pytest.warns(RuntimeWarning, match="The curvature was never refreshed in 5 steps") as caught:
+        steps(10)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("options", [{"curvature": "squared_gradient"}, {"refresh": True}, {"loaded": True}])
+def test_a_loop_that_refreshes_or_goes_on_from_one_that_did_is_not_told(options):
+    param, refresh, loaded = nn.Parameter(torch.zeros(2)), options.pop("refresh", False), options.pop("loaded", False)
+    optimizer = SIMUOptimizer([param], hessian_interval=2, **options)
+    for number in range(8):
+        param.grad = torch.ones(2)
+        optimizer.step()
+        if (refresh or loaded) and number == 0:
+            optimizer.update_hessian(1)
+        if loaded and number == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
 def test_diagnostics_count_unclipped_entries():
     param = nn.Parameter(torch.zeros(2))
     optimizer = SIMUOptimizer([param], betas=(0.0, 0.0), rho=1.0)
@@ -212,79 +244,3 @@ def test_diagnostics_count_unclipped_entries():
     param.grad = torch.tensor([1.0, 2.0])
     optimizer.update_hessian(1)
     assert optimizer.diagnostics()["unclipped"] == [0.5]
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("option", "value", "message"),
-        [
-            ("lr", -1.0, r"lr is -1.0, expected a finite number in \[0, inf\)"),
-            ("lr", torch.ones(2), "lr is a tensor of 2 elements"),
-            ("lr", "fast", "lr is 'fast' of type str"),
-            ("betas", (1.0, 0.9), r"betas\[0\] is 1.0"),
-            ("rho", float("nan"), "rho is nan"),
-            ("eps", 0.0, "eps is 0.0"),
-            ("clip", 0, "clip is 0"),
-            ("weight_decay", -0.1, "weight_decay is -0.1"),
-            ("hessian_interval", 0, "hessian_interval is 0"),
-            ("hessian_interval", 1.5, "hessian_interval is 1.5 of type float"),
-            ("state_dtype", torch.int8, "state_dtype is 'int8'"),
-        ],
-    )
-    def test_options_out_of_bounds_are_refused(self, option, value, message):
-        with pytest.raises((ValueError, TypeError), match=message):
-            SIMUOptimizer([nn.Parameter(torch.ones(2))], **{option: value})
-
-    @pytest.mark.parametrize(
-        ("group", "message"),
-        [
-            ({"neurons": [0, 1]}, r"neurons is \[0, 1\], expected a list of 1 entries"),
-            ({"neurons": [[0], [1]]}, "expected a list of 1 entries"),
-            ({"neurons": [[4]]}, r"selects neuron 4, expected 0 <= index < 4"),
-            ({"neurons": [[-1]]}, r"selects neuron -1, expected 0 <= index < 4"),
-            ({"neurons": [[0.5]]}, r"selects neuron 0.5, expected whole numbers"),
-            ({"neurons": [[0]], "neuron_dim": 2}, r"neuron_dim is 2, expected a dimension of parameter 0, \(3, 4\)"),
-        ],
-    )
-    def test_misaligned_neurons_are_refused(self, group, message):
-        with pytest.raises((ValueError, TypeError), match=message):
-            SIMUOptimizer([{"params": [nn.Parameter(torch.ones(3, 4))], **group}])
-
-    def test_complex_parameters_and_sparse_gradients_are_refused(self):
-        with pytest.raises(ValueError, match="dtype torch.complex64"):
-            SIMUOptimizer([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
-        embedding = nn.Embedding(3, 2, sparse=True)
-        optimizer = SIMUOptimizer(embedding.parameters())
-        embedding(torch.tensor([0])).sum().backward()
-        with pytest.raises(RuntimeError, match="gradient is sparse"):
-            optimizer.step()
-
-    def test_another_selection_or_shape_is_refused_and_nothing_changes(self):
-        layer = Layer(num_neurons=4, width=2, dim=-1, contiguous=True, neurons=(0, 2), seed=0)
-        other = Layer(num_neurons=4, width=2, dim=-1, contiguous=True, neurons=(1, 2), seed=0)
-        wider = Layer(num_neurons=4, width=3, dim=-1, contiguous=True, neurons=(0, 2), seed=0)
-        param, optimizer = laws.make(SIMUOptimizer, layer, PLAIN)
-        laws.train(param, optimizer, 0, 0, 1)
-        saved = optimizer.state_dict()
-        for wrong, message in ((other, "has other neurons"), (wider, r"exp_avg of parameter 0 has shape \(2, 2\)")):
-            _, fresh = laws.make(SIMUOptimizer, wrong, PLAIN)
-            with pytest.raises(ValueError, match=message):
-                fresh.load_state_dict(saved)
-            assert not fresh.state
-
-    def test_a_selection_needs_names_and_its_own_model(self):
-        model = nn.Sequential(nn.Linear(4, 3))
-        selection = NeuronSelection({"0": [1]}, {"0": 4})
-        with pytest.raises(TypeError, match="unnamed params"):
-            SIMUOptimizer(model.parameters(), selection=selection)
-        with pytest.raises(KeyError, match="'9.weight' of the selection is missing"):
-            SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"9": [1]}, {"9": 4}))
-        with pytest.raises(ValueError, match=r"has shape \(3, 4\), expected 7 neurons"):
-            SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"0": [1]}, {"0": 7}))
-
-    def test_a_refresh_needs_a_positive_number_of_tokens(self):
-        optimizer = SIMUOptimizer([nn.Parameter(torch.ones(2))])
-        with pytest.raises(ValueError, match="num_tokens is 0"):
-            optimizer.update_hessian(0)
-        with pytest.raises(ValueError, match="grad_scale is -1"):
-            optimizer.update_hessian(1, grad_scale=-1)

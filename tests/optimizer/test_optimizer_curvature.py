@@ -70,6 +70,24 @@ def test_micro_batches_are_averaged_by_their_positions(seed, o, tokens):
     )
 
 
+@given(seeds, st.lists(st.sampled_from(["both", "first", "second"]), min_size=1, max_size=5), st.booleans())
+def test_a_micro_batch_without_a_gradient_counts_as_zero(seed, routed, capturable):
+    """As of experts that no token of a micro-batch was sent to."""
+    results = []
+    for given_as in ("none", "zeros"):
+        params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        optimizer = SIMUOptimizer(params, capturable=capturable)
+        for number, which in enumerate(routed):
+            for place, (param, name) in enumerate(zip(params, ("first", "second"), strict=True)):
+                grad = normal(seed + 2 * number + place, 2)
+                missing = None if given_as == "none" else torch.zeros(2)
+                param.grad = grad if which in ("both", name) else missing
+            optimizer.update_hessian(3 + number, last=number + 1 == len(routed))
+        results.append([optimizer.state[param].get("hessian", torch.zeros(2)) for param in params])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_micro_batch_that_is_not_finite_has_no_weight(capturable):
     param, twin = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))

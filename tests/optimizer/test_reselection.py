@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.strategies import normal, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer
+from torch_simu.columns import Columns
 
 SIZE = 6
 indices = st.sets(st.integers(0, SIZE - 1))
@@ -124,6 +125,71 @@ def test_parameters_that_train_whole_go_on():
     optimizer.change_selection(select(first=[2]), model)
     assert model[3].weight.requires_grad
     assert torch.equal(optimizer.state[model[3].weight]["exp_avg"], momentum)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: its neurons are the rows."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(normal(0, nx, nf))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Experts(nn.Module):
+    """Experts in one parameter: (experts, d_model, d_ff)."""
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(normal(1, 2, 3, SIZE))
+
+
+KINDS = {
+    "columns": (lambda: nn.Linear(SIZE, 4, bias=False), "weight", -1, SIZE),
+    "rows": (lambda: Conv1D(4, SIZE), "weight", 0, SIZE),
+    "experts": (Experts, "down_proj", (0, 2), 2 * SIZE),
+}
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("second", KINDS)
+@given(st.sets(st.integers(0, SIZE - 1), min_size=1), st.sets(st.integers(0, SIZE - 1), min_size=1), seeds)
+def test_named_parameters_of_any_layout_take_over(first, second, old, new, seed):
+    """Law 1 for a layer whose neurons are another dimension than those of the first one."""
+    made, names, dims, sizes = zip(*(KINDS[kind] for kind in (first, second)), strict=True)
+    model = nn.ModuleList([made[0](), made[1](), nn.Linear(2, 3)])
+    weights = [model[place].get_parameter(names[place]) for place in (0, 1)]
+    optimizer = SIMUOptimizer(model.named_parameters(), lr=0.1, selection=NeuronSelection({"0": old}, {"0": sizes[0]}))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(model, optimizer, seed, 1)
+    schedule.step()
+    optimizer.change_selection(NeuronSelection({"1": new}, {"1": sizes[1]}), model)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    train(model, optimizer, seed + 1000, 1)
+    chosen = Columns(dims[1], torch.tensor(sorted(new)))
+    # Without curvature every entry is clipped: it moves by the scheduled rate, and nothing else moves.
+    moved = chosen.gather(weights[1] - before[f"1.{names[1]}"]).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01))
+    for name, param in model.named_parameters():
+        if param is weights[1]:
+            chosen.write_(before[name], chosen.gather(param.detach()))
+        assert torch.equal(param, before[name])
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len(held) == len(set(held)) == sum(len(group["param_names"]) for group in optimizer.param_groups)
+
+
+def test_a_layer_that_trained_along_another_dimension_is_refused_and_nothing_changes():
+    model = nn.ModuleList([Conv1D(SIZE, SIZE)])
+    optimizer = SIMUOptimizer([{"params": list(model.parameters()), "neurons": [[1]]}])
+    with pytest.raises(
+        ValueError, match=r"The neurons of parameter '0.weight' are another dimension in this optimizer"
+    ):
+        optimizer.change_selection(NeuronSelection({"0": [2]}, {"0": SIZE}), model)
+    assert optimizer.param_groups[0]["neurons"] == [[1]]
+    assert model[0].weight.requires_grad
 
 
 def test_what_cannot_be_changed_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def write_blocks(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool)
         ImportError: If bitsandbytes is not installed.
     """
     functional = require_bitsandbytes("8-bit state")
-    code = functional.create_dynamic_map(signed=signed).to(values.device)
+    code = _code_map(signed, values.device)
     functional.quantize_blockwise(values.float().contiguous(), code=code, absmax=scales, out=codes, blocksize=BLOCK)
 
 
@@ -40,6 +42,13 @@ def read_blocks(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
         ImportError: If bitsandbytes is not installed.
     """
     functional = require_bitsandbytes("8-bit state")
-    code = functional.create_dynamic_map(signed=signed).to(codes.device)
+    code = _code_map(signed, codes.device)
     values: Tensor = functional.dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)
     return values.to(torch.float32)
+
+
+@cache
+def _code_map(signed: bool, device: torch.device) -> Tensor:
+    # Made once: it is never changed, and takes longer than the blocks of a small parameter.
+    code: Tensor = require_bitsandbytes("8-bit state").create_dynamic_map(signed=signed).to(device)
+    return code

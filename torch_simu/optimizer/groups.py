@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu.columns import NeuronDim, dims_of, num_columns
-from torch_simu.neurons import NeuronSelection
+from torch_simu.neurons import NeuronSelection, checked_indices
 from torch_simu.optimizer.storage import check_blockwise
 
 _STATE_DTYPES = ("float32", "float64", "bfloat16", "uint8")
@@ -42,17 +42,24 @@ def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[d
         layer = name.removesuffix(".weight")
         dim, neurons = -1, []
         if layer in selection and layer != name:
-            # GPT-2's Conv1D holds its neurons in the first dimension; a square weight is taken as a linear layer's.
-            size = selection.num_neurons[layer]
-            dim = 0 if param.shape[-1] != size and param.shape[0] == size else -1
-            if param.shape[dim] != size:
-                wrong = f"Parameter {name!r} has shape {tuple(param.shape)}"
-                raise ValueError(problem(wrong, f"{size} neurons", "Was the selection made on another model?"))
+            dim = _dim_by_shape(name, param, selection.num_neurons[layer])
             neurons = selection[layer].tolist()
         group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
         group["params"].append((name, param))
         group["neurons"].append(neurons)
     return list(groups.values())
+
+
+def _dim_by_shape(name: str, param: Tensor, size: int) -> int:
+    """Return the dimension of a weight that has as many places as there are neurons: the first of a Conv1D."""
+    wrong = f"Parameter {name!r} has shape {tuple(param.shape)}"
+    dims = [dim for dim in (-1, 0) if param.dim() == 2 and param.shape[dim] == size]
+    if not dims:
+        raise ValueError(problem(wrong, f"{size} neurons", "Was the selection made on another model?"))
+    if len(dims) == 2:
+        advice = "Rows or columns? Pass selection.param_groups(model), which sees the layer."
+        raise ValueError(problem(wrong, f"one dimension of {size} neurons", advice))
+    return dims[0]
 
 
 def checked_group(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +128,9 @@ def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[li
         # What is no tensor at all, the base class refuses with its own message.
         if isinstance(param, Tensor) and not param.is_floating_point():
             raise ValueError(problem(f"Parameter {number} has dtype {param.dtype}", "real floating-point parameters"))
+        if isinstance(param, Tensor) and param.is_meta and (chosen is None or len(chosen)):
+            advice = "Load the model, or keep the layers that train on a device that is not offloaded."
+            raise ValueError(problem(f"Parameter {number} is on the meta device", "data", advice))
         if chosen is None:
             checked.append(None)
             continue
@@ -130,5 +140,5 @@ def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[li
             expected = f"a dimension of parameter {number}, {tuple(param.shape)}, or a tuple of different ones"
             raise ValueError(problem(f"neuron_dim is {dim}", expected))
         name = f"params[{number}]"
-        checked.append(NeuronSelection({name: chosen}, {name: max(1, num_columns(param.shape, dim))})[name].tolist())
+        checked.append(list(checked_indices(name, chosen, max(1, num_columns(param.shape, dim)))))
     return checked

@@ -22,6 +22,8 @@ class Guard:
     def __init__(self) -> None:
         self._here, self._said = 0, 0
         self._there: dict[torch.device, Tensor] = {}
+        # Steps since the beginning; None: the curvature was refreshed, or there is no more to say.
+        self._unrefreshed: int | None = 0
 
     @property
     def num_stopped(self) -> int:
@@ -56,7 +58,7 @@ class Guard:
             return False
         if finite.device not in self._there:
             self._there[finite.device] = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._there[finite.device] += ~finite
+        self._there[finite.device] += finite.logical_not()
         return finite
 
     def say(self, what: str = "", *, frames: int = 3) -> None:
@@ -70,6 +72,32 @@ class Guard:
             wrong = f"Selected gradients were not finite; {stopped - said} steps or refreshes changed nothing"
         advice = "Lower lr or check the loss."
         warnings.warn(problem(wrong, "finite gradients", advice), RuntimeWarning, stacklevel=frames)
+
+    def count_refresh(self) -> None:
+        """Count a refresh: the curvature is there."""
+        self._unrefreshed = None
+
+    def count_unrefreshed(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Count a step, and warn once when the curvature was never refreshed in two intervals.
+
+        By calls, not by the counters of the groups, which may be on the device.
+        """
+        waiting = [group for group in groups if group["curvature"] != "squared_gradient"]
+        if self._unrefreshed is None or not waiting or torch.compiler.is_compiling():
+            return
+        if any(not isinstance(group["next_refresh"], Tensor) and group["next_refresh"] > 1 for group in waiting):
+            self._unrefreshed = None
+            return
+        self._unrefreshed += 1
+        if self._unrefreshed > 2 * max(group["hessian_interval"] for group in waiting):
+            wrong = (
+                f"The curvature was never refreshed in {self._unrefreshed} steps: every entry moves by its full length"
+            )
+            advice = "Call update_hessian when hessian_due says so; behind a wrapper both are its .optimizer's."
+            warnings.warn(
+                problem(wrong, "a refresh every hessian_interval steps", advice), RuntimeWarning, stacklevel=5
+            )
+            self._unrefreshed = None
 
     def clear(self) -> None:
         """Forget what was stopped."""

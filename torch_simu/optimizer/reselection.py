@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu.columns import Columns, NeuronDim
+from torch_simu.columns import Columns, NeuronDim, dims_of
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.counters import make_due
 from torch_simu.optimizer.entries import local, stored
@@ -24,7 +25,7 @@ def reselect(
     """Let groups and state be those of another selection, and return the groups that are to be added.
 
     Raises:
-        ValueError: If the model holds none of the parameters, or a layer trains whole already.
+        ValueError: If the model holds none of the parameters, or a layer trains otherwise already.
         TypeError: If `selection` or `model` is something else.
     """
     changed, joining = reselected_groups(groups, selection, model)
@@ -35,7 +36,15 @@ def reselect(
                 state[param] = reselected_state(state[param], param, old, new, group["neuron_dim"])
         group["neurons"] = neurons
         make_due(group)
-    return join(groups, joining)
+    leaving = {each.param for each in joining}
+    for group in groups:
+        kept = [place for place, param in enumerate(group["params"]) if param not in leaving]
+        for key in ("params", "neurons", "param_names"):
+            if key in group and len(kept) < len(group[key]):
+                group[key] = [group[key][place] for place in kept]
+    for param in leaving:
+        state.pop(param, None)
+    return join(groups, joining, like=groups[min(changed)] if changed else {})
 
 
 class Joining(NamedTuple):
@@ -53,10 +62,11 @@ def reselected_groups(
 ) -> tuple[dict[int, Neurons], list[Joining]]:
     """Return the new `neurons` of each group that has selected neurons, and what joins the groups.
 
-    A parameter joins the first group that selects along the same dimension, so that it has that group's options.
+    A parameter joins the first group that selects along the same dimension, so that it has that group's options. One
+    that trained nothing in a group of another dimension, as named parameters of other layers do, leaves that group.
 
     Raises:
-        ValueError: If the model holds none of the parameters, or a layer trains whole already.
+        ValueError: If the model holds none of the parameters, or a layer trains otherwise already.
         TypeError: If `selection` or `model` is something else.
     """
     for name, value, kind in (("selection", selection, NeuronSelection), ("model", model, nn.Module)):
@@ -71,22 +81,37 @@ def reselected_groups(
     for group in selection.param_groups(model, attention="frozen"):
         for param, neurons in _pairs(group):
             wanted[param] = (cast("list[int]", neurons), cast("NeuronDim", group["neuron_dim"]))
-    whole = {param for group in groups for param, old in _pairs(group) if old is None}
-    failed = not whole.isdisjoint(wanted)
+    held = [(number, param, old) for number, group in enumerate(groups) for param, old in _pairs(group)]
+    whole = {param for _, param, old in held if old is None}
+    other = {
+        param: old
+        for number, param, old in held
+        if param in wanted and not _along(param, groups[number], wanted[param][1])
+    }
+    wrong, advice = "", "Make a new optimizer."
+    if not whole.isdisjoint(wanted):
+        wrong, expected = "A layer of the selection trains whole in this optimizer", "layers whose neurons are selected"
+    elif turned := [param for param, old in other.items() if old]:
+        wrong = (
+            f"The neurons of parameter {names[turned[0]]!r} are another dimension in this optimizer than in the model"
+        )
+        expected, advice = "the same", "Make a new optimizer of selection.param_groups(model)."
     for param, flag in flags.items():
-        if failed or param in whole:
+        if wrong or param in whole:
             param.requires_grad_(flag)
-    if failed:
-        wrong = "A layer of the selection trains whole in this optimizer"
-        raise ValueError(problem(wrong, "layers whose neurons are selected", "Make a new optimizer."))
+    if wrong:
+        raise ValueError(problem(wrong, expected, advice))
     selecting = [number for number, group in enumerate(groups) if any(old is not None for old in group["neurons"])]
     changed = {
-        number: [None if old is None else wanted.pop(param, ([], None))[0] for param, old in _pairs(groups[number])]
+        number: [
+            None if old is None else [] if param in other else wanted.pop(param, ([], None))[0]
+            for param, old in _pairs(groups[number])
+        ]
         for number in selecting
     }
     joining = [
         Joining(
-            next((number for number in selecting if groups[number]["neuron_dim"] == dim), None),
+            next((number for number in selecting if _along(param, groups[number], dim)), None),
             names[param],
             param,
             neurons,
@@ -97,19 +122,26 @@ def reselected_groups(
     return changed, joining
 
 
-def join(groups: Sequence[dict[str, Any]], joining: Sequence[Joining]) -> list[dict[str, Any]]:
-    """Add parameters to the groups they join, and return the new groups that the others need."""
-    new = []
+def join(
+    groups: Sequence[dict[str, Any]], joining: Sequence[Joining], *, like: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Add parameters to the groups they join, and return new groups, with the options of one, for the others."""
+    new: dict[NeuronDim, dict[str, Any]] = {}
+    own = ("params", "neurons", "param_names", "neuron_dim")
+    # A tensor would be changed in place for both.
+    options = {key: copy.deepcopy(value) for key, value in like.items() if key not in own}
     named = any("param_names" in group for group in groups)
     for number, name, param, neurons, dim in joining:
         if number is None:
-            new.append({"params": [(name, param) if named else param], "neurons": [neurons], "neuron_dim": dim})
-            continue
-        groups[number]["params"].append(param)
-        groups[number]["neurons"].append(neurons)
-        if named:
-            groups[number]["param_names"].append(name)
-    return new
+            group = new.setdefault(dim, {**copy.deepcopy(options), "params": [], "neurons": [], "neuron_dim": dim})
+            group["params"].append((name, param) if named else param)
+        else:
+            group = groups[number]
+            group["params"].append(param)
+            if named:
+                group["param_names"].append(name)
+        group["neurons"].append(neurons)
+    return list(new.values())
 
 
 def reselected_state(
@@ -144,3 +176,10 @@ def reselected_state(
 
 def _pairs(group: Mapping[str, Any]) -> list[tuple[Tensor, list[int] | None]]:
     return list(zip(group["params"], group["neurons"], strict=True))
+
+
+def _along(param: Tensor, group: Mapping[str, Any], dim: NeuronDim) -> bool:
+    """Say whether a group counts the neurons of a parameter along these dimensions."""
+    return [each % param.dim() for each in dims_of(dim)] == [
+        each % param.dim() for each in dims_of(group["neuron_dim"])
+    ]

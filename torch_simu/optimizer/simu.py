@@ -122,9 +122,11 @@ class SIMUOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # The base class adds it to the defaults at a load, and distributed checkpoints know their own keys only.
+        known = {option: value for option, value in self.defaults.items() if option != "differentiable"}
         for group in self.param_groups:
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)
+            group.pop("differentiable", None)
+            group.update({option: value for option, value in known.items() if option not in group})
         if "_guard" not in self.__dict__:
             self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
         for each in (self._selected, self._estimates, self._guard):
@@ -173,6 +175,7 @@ class SIMUOptimizer(Optimizer):
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
             step_group(group, group_entries, self.state, finite)
+        self._guard.count_unrefreshed(self.param_groups)
         return loss
 
     @torch.no_grad()
@@ -287,5 +290,6 @@ class SIMUOptimizer(Optimizer):
 
     def _refresh(self, numbers: list[int]) -> None:
         means, passed = self._estimates.take()
+        self._guard.count_refresh()
         for number in numbers if passed is not False else ():
             refresh_group(self.param_groups[number], means, self.state, passed)
