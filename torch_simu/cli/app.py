@@ -14,7 +14,7 @@ except ImportError as error:
         "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
     ) from error
 
-from torch_simu.cli.console import progress_bars, show_report
+from torch_simu.cli.console import plain, progress_bars, say, show_report
 from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.cli.patch import app as patch_app
 from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
@@ -69,7 +69,7 @@ def demo(
     with whole_folder(out, force=force) as folder:
         result.save(folder)
     show_report(console, result.report)
-    console.print(f"Report, plots and step logs: {out}", highlight=False)
+    say(console, f"Report, plots and step logs: {out}")
 
 
 @app.command()
@@ -132,7 +132,7 @@ def unlearn(
             progress=progress,
         )
     show_report(console, report)
-    console.print(f"Model, selection, step log and report: {out}", highlight=False)
+    say(console, f"Model, selection, step log and report: {out}")
 
 
 @app.command()
@@ -174,7 +174,7 @@ def evaluate(
         )
     show_report(console, report)
     for name, value in figures.items():
-        console.print(f"{name}: {value:.4g}", highlight=False)
+        say(console, f"{name}: {value:.4g}")
 
 
 @app.command()
@@ -215,7 +215,8 @@ def attribute(
             force=force,
             progress=progress,
         )
-    console.print(f"{selection}\nScores, selection and heat map: {out}", highlight=False)
+    say(console, selection)
+    say(console, f"Scores, selection and heat map: {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,6 +235,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    line = " ".join(message.split()) or "failed without a message"
+    line = plain(" ".join(message.split())) or "failed without a message"
     sys.stderr.write(f"torch-simu: {line}\n")
     sys.exit(status)
