@@ -20,6 +20,7 @@ OURS = sorted(
 FLOORS = {
     "_checks": 1,
     "_hashes": 1,
+    "_temporary": 1,
     "columns": 1,
     "_files": 2,
     "bitsandbytes": 2,
