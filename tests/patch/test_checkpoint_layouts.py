@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.models import tiny
+from tests.models import NAMES, tiny
 from tests.patch.test_patch import pair, raw
 from torch_simu import NeuronPatch
 from torch_simu.patch import apply_to_checkpoint, patch_between_checkpoints, revert_checkpoint, verify_checkpoint
@@ -339,3 +339,34 @@ def test_a_weight_that_is_computed_is_refused_by_name() -> None:
             nn.utils.parametrizations.weight_norm(each.get_submodule(layer))
     with pytest.raises(ValueError, match="is computed from other parameters"):
         NeuronPatch.between(base, model, selection)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_save_pretrained_writes_of_any_architecture_is_patched(tmp_path: Path, name: str) -> None:
+    base, model, selection = pair(name, torch.float32, 0)
+    # In several shards, and in one.
+    base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    model.save_pretrained(tmp_path / "model")
+    patch = patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+    assert patch.changes.keys() == NeuronPatch.between(base, model, selection).changes.keys()
+    apply_to_checkpoint(patch, tmp_path / "base", tmp_path / "patched")
+    assert verify_checkpoint(patch, tmp_path / "base", tmp_path / "patched").counts.keys() == {"unchanged", "columns"}
+    revert_checkpoint(patch, tmp_path / "patched", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "base")
+
+
+def test_the_advice_for_a_base_in_another_dtype_works(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, _, selection = pair("llama", torch.float32, 0)
+    base.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved once")
+    with torch.no_grad():
+        for layer, neurons in selection.items():
+            loaded.get_submodule(layer).weight[:, neurons] += 1
+    loaded.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="torch.bfloat16, expected .*float32.*save it once with save_pretrained"):
+        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+    patch = patch_between_checkpoints(tmp_path / "saved once", tmp_path / "model", selection)
+    assert len(patch.changes) == 2
