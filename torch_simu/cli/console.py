@@ -35,11 +35,11 @@ def say(console: Console, text: object, *, style: str = "", soft_wrap: bool = Fa
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
     """Yield a progress callback that draws one bar per stage with its remaining time."""
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
