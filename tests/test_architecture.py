@@ -57,7 +57,6 @@ TO_BE_SPLIT = {
     "tests/deltas/test_deltas.py",
     "tests/distributed/distributed_run.py",
     "tests/optimizer/test_optimizer_torch.py",
-    "tests/patch/test_patch.py",
     "tests/unlearning/data/test_data.py",
     "tests/unlearning/metrics/test_metrics.py",
     "tests/unlearning/metrics/test_tofu_lume.py",

@@ -34,6 +34,10 @@ def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
         else:
             descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
             temporary = Path(name)
+            if fcntl is None:
+                # Without locks nothing is held open: some systems do not rename what is.
+                _close(descriptor)
+                descriptor = None
         _lock(descriptor)
         if temporary.exists():
             break

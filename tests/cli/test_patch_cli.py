@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.patch.test_patch import content, pair
+from tests.patch.test_checkpoints import content
+from tests.patch.test_patch import pair
 from torch_simu import NeuronPatch
 from torch_simu.cli.app import main
 from torch_simu.patch.change import change_between
