@@ -15,6 +15,7 @@ from tests.rules.sources import OURS, PACKAGE, ROOT, SOURCES, imports, named
 FLOORS = {
     "_checks": 1,
     "_hashes": 1,
+    "_temporary": 1,
     "columns": 1,
     "_files": 2,
     "bitsandbytes": 2,
@@ -58,8 +59,6 @@ TO_BE_SPLIT = {
     "tests/deltas/test_deltas.py",
     "tests/distributed/distributed_run.py",
     "tests/optimizer/test_optimizer_torch.py",
-    "tests/patch/test_checkpoint_layouts.py",
-    "tests/patch/test_patch.py",
     "torch_simu/neurons.py",
     "torch_simu/optimizer/simu.py",
 }

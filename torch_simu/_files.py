@@ -6,10 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from torch_simu._checks import problem
 from torch_simu._hashes import sha256_of_all
+from torch_simu._temporary import temporary_beside
 
 _VERSION = 2
 _UNCHECKED = 1
@@ -57,21 +57,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_writable_file(path)
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except PermissionError:
-        raise _not_writable(path) from None
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    with ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(temporary_beside(path))
+        except PermissionError:
+            raise _not_writable(path) from None
         yield temporary
-        # mkstemp makes the file private; a result should be as readable as any other file of the user.
+        # The temporary file is private; a result should be as readable as any other file of the user.
         temporary.chmod(0o666 & ~current_umask())
         flush_to_disk(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
 
 
 def check_replaceable(path: str | Path, *, ours: bool, force: bool) -> None:

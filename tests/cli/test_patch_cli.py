@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from tests.patch.test_patch import content, pair
+from tests.patch.test_checkpoints import content
+from tests.patch.test_patch import pair
+from torch_simu import NeuronPatch
 from torch_simu.cli.app import main
+from torch_simu.patch.change import change_between
 
 
 def run(*arguments: object) -> int:
@@ -71,3 +75,23 @@ def test_nothing_but_an_earlier_result_is_replaced(tmp_path: Path, capsys) -> No
     assert run(*verify, "--out", audit, "--force") == 0
     for missing in (tmp_path / "none" / "file", tmp_path / "base"):
         assert run(*create, missing) == 2 and run(*verify, "--out", missing) == 2
+
+
+def test_text_from_a_patch_is_shown_and_not_acted_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    """A file that others made names its tensors and its provenance as it likes."""
+    monkeypatch.setenv("COLUMNS", "500")
+    base, model = nn.Linear(4, 2), nn.Linear(4, 2)
+    model.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        model.weight[:, 1] += 1
+    made = change_between("weight", base.weight, model.weight, -1, torch.tensor([1]))
+    assert made is not None
+    evil = "[bold]x[/bold] [/] \x1b[2J\x1b]0;t\x07 \u202eflip \x9b31m a\nb\r\x00"
+    NeuronPatch({evil.replace("/", "."): made}, {"base": evil, evil: 1}).save(tmp_path / "[red]p")
+    assert run("show", tmp_path / "[red]p") == 0
+    shown = capsys.readouterr().out
+    assert "base: [bold]x[/bold] [/] \\x1b[2J\\x1b]0;t\\x07 \\u202eflip \\x9b31m a\\nb\\r\\x00\n" in shown
+    assert not [each for each in shown if each != "\n" and not each.isprintable()]
+    assert run("show", tmp_path / "[red]none\x1b[2J") == 2
+    error = capsys.readouterr().err
+    assert "[red]none\\x1b[2J" in error and error.count("\n") == 1 and "\x1b" not in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.strategies import float_dtypes, generator, normal, seeds
-from torch_simu import _files
 from torch_simu._files import check_replaceable, kind_of, load_tensors, replacing, save_tensors
 
 
@@ -122,7 +122,7 @@ class TestReplacing:
         def refuse(**_):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(_files.tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(tempfile, "mkstemp", refuse)
         with pytest.raises(PermissionError, match=r"The folder of '.*result.bin' is not writable"):
             replacing(path).__enter__()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from tests.models import tiny
+from tests.models import NAMES, tiny
 from tests.patch.test_patch import pair, raw
 from torch_simu import NeuronPatch
 from torch_simu.patch import apply_to_checkpoint, patch_between_checkpoints, revert_checkpoint, verify_checkpoint
@@ -188,70 +185,6 @@ def test_square_weights_are_told_by_the_model_and_not_by_their_shape(tmp_path: P
     assert patch.changes[f"{layer}.weight"].dim == 0
 
 
-def index(folder: Path, places: object) -> None:
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
-
-
-@pytest.mark.parametrize(
-    ("places", "message"),
-    [
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "names 'pytorch_model.bin', expected safetensors files.*run code"),
-        ({"weight_map": {"a": "../base/weights.safetensors"}}, "expected files in the folder"),
-        ({"weight_map": {"a": "/etc/x.safetensors"}}, "expected files in the folder"),
-        ({"weight_map": {"a": 3}}, "names 3, expected safetensors files"),
-        ({"weight_map": {"a": "weights.safetensors"}}, "Tensor 'a' is not in 'weights.safetensors'"),
-        ({"weight_map": {"a": "none.safetensors"}}, "names 'none.safetensors', which does not exist"),
-        ({"weight_map": {}}, "names no file"),
-        ({"weight_map": {"a": ["x"]}}, "is unreadable"),
-        ({"weight_map": []}, "is unreadable"),
-        ({}, "is unreadable"),
-        ([], "is unreadable"),
-    ],
-)
-def test_an_index_that_names_anything_but_safetensors_in_the_folder_is_refused(
-    tmp_path: Path, places: object, message: str
-) -> None:
-    _, _, selection = layouts(tmp_path, "llama", lambda folder: index(folder, places))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
-
-
-def header(entry: object) -> bytes:
-    text = json.dumps({"a": entry} if not isinstance(entry, list) else entry).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(16)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x01",
-        b"\xff" * 9,
-        b"\x08" + bytes(7) + b"{}  ",
-        header([]),
-        header([1]),
-        header(3),
-        header({}),
-        header({"dtype": "F32", "shape": [4], "data_offsets": [0]}),
-        header({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}),
-        header({"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]}),
-        header({"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}),
-        header({"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}),
-        header({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}),
-        header({"dtype": "F4", "shape": [32], "data_offsets": [0, 16]}),
-        header({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}),
-    ],
-)
-def test_a_damaged_weight_file_is_one_line_that_names_it(tmp_path: Path, content: bytes) -> None:
-    def damage(folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(content)
-
-    _, _, selection = layouts(tmp_path, "llama", damage)
-    with pytest.raises(ValueError, match=r"File '.*base/model.safetensors' is unreadable \("):
-        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
-
-
 def test_a_checkpoint_of_codes_beside_one_of_weights_is_refused_with_what_works(tmp_path: Path) -> None:
     def quantize(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -271,71 +204,32 @@ def test_an_incomplete_set_of_experts_is_named(tmp_path: Path) -> None:
         patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
 
 
-@pytest.fixture
-def made(tmp_path: Path):
-    _, _, selection = layouts(tmp_path, "llama", lambda folder: None)
-    return tmp_path, patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_save_pretrained_writes_of_any_architecture_is_patched(tmp_path: Path, name: str) -> None:
+    base, model, selection = pair(name, torch.float32, 0)
+    # In several shards, and in one.
+    base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    model.save_pretrained(tmp_path / "model")
+    patch = patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+    assert patch.changes.keys() == NeuronPatch.between(base, model, selection).changes.keys()
+    apply_to_checkpoint(patch, tmp_path / "base", tmp_path / "patched")
+    assert verify_checkpoint(patch, tmp_path / "base", tmp_path / "patched").counts.keys() == {"unchanged", "columns"}
+    revert_checkpoint(patch, tmp_path / "patched", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "base")
 
 
-@pytest.mark.parametrize("out", ["base/out", "base/a/b/out", "base/../base/out", "link/out"])
-def test_a_folder_inside_of_the_base_is_refused_before_anything_is_written(made, out: str) -> None:
-    root, patch = made
-    (root / "link").symlink_to(root / "base")
-    before = files(root)
-    with pytest.raises(ValueError, match="is inside of .*, expected a folder beside it"):
-        apply_to_checkpoint(patch, root / "base", root / out)
-    assert files(root) == before and not list(root.glob(".*"))
+def test_the_advice_for_a_base_in_another_dtype_works(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
 
-
-@pytest.mark.parametrize("out", ["base", "base/.", ".", "base/config.json", "nowhere"])
-def test_what_exists_is_refused_before_anything_is_written(made, out: str) -> None:
-    root, patch = made
-    (root / "nowhere").symlink_to(root / "none")
-    before = files(root)
-    with pytest.raises(FileExistsError, match="exists, expected a new folder"):
-        apply_to_checkpoint(patch, root / "base", root / out)
-    assert files(root) == before
-
-
-def test_a_folder_in_a_file_and_a_bad_pattern_are_refused(made) -> None:
-    root, patch = made
-    with pytest.raises(NotADirectoryError, match="is no folder, expected a folder to write in"):
-        apply_to_checkpoint(patch, root / "base", root / "model" / "config.json" / "out")
-    from torch_simu import NeuronSelection
-
-    with pytest.raises(ValueError, match=r"whole is '\[' .*expected a regular expression"):
-        patch_between_checkpoints(root / "base", root / "model", NeuronSelection({}, {}), whole="[")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-def test_the_copy_of_a_read_only_base_is_as_writable_as_any_other_folder(made) -> None:
-    root, patch = made
-    (root / "base" / "more").mkdir()
-    (root / "base" / "more" / "notes.txt").write_text("x")
-    for path in (*(root / "base").rglob("*"), root / "base"):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    try:
-        apply_to_checkpoint(patch, root / "base", root / "patched")
-    finally:
-        for path in (root / "base", root / "base" / "more"):
-            path.chmod(0o755)
-    assert verify_checkpoint(patch, root / "base", root / "patched")
-    assert all(path.stat().st_mode & stat.S_IWUSR for path in (root / "patched", *(root / "patched").rglob("*")))
-    assert not list(root.glob(".patched*"))
-
-
-def test_a_model_without_data_is_refused_by_name() -> None:
-    base, model, selection = pair("llama", torch.float32, 0)
-    with pytest.raises(ValueError, match="Tensor 'model.embed_tokens.weight' is on the meta device.*without offload"):
-        NeuronPatch.between(base, model.to("meta"), selection)
-    with pytest.raises(ValueError, match="is on the meta device"):
-        NeuronPatch.between(base.to("meta"), base, selection)
-
-
-def test_a_weight_that_is_computed_is_refused_by_name() -> None:
-    base, model, selection = pair("llama", torch.float32, 0)
-    for each in (base, model):
-        for layer in selection:
-            nn.utils.parametrizations.weight_norm(each.get_submodule(layer))
-    with pytest.raises(ValueError, match="is computed from other parameters"):
-        NeuronPatch.between(base, model, selection)
+    base, _, selection = pair("llama", torch.float32, 0)
+    base.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved once")
+    with torch.no_grad():
+        for layer, neurons in selection.items():
+            loaded.get_submodule(layer).weight[:, neurons] += 1
+    loaded.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="torch.bfloat16, expected .*float32.*save it once with save_pretrained"):
+        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+    patch = patch_between_checkpoints(tmp_path / "saved once", tmp_path / "model", selection)
+    assert len(patch.changes) == 2

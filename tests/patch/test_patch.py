@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.models import tiny
@@ -21,7 +20,7 @@ from torch_simu import NeuronPatch, NeuronSelection, attach_deltas, detach_delta
 from torch_simu.columns import Columns
 from torch_simu.deltas import attached_layers
 from torch_simu.layers import attention_projections, neuron_dim, neuron_weight
-from torch_simu.patch import apply_to_checkpoint, bits, patch_between_checkpoints, revert_checkpoint, verify_checkpoint
+from torch_simu.patch import apply_to_checkpoint, bits
 from torch_simu.patch import change as change_module
 
 ARCHITECTURES = st.sampled_from(["llama", "gpt2", "mixtral", "gpt_oss"])
@@ -229,82 +228,18 @@ def test_damaged_and_changed_files_are_refused(tmp_path: Path) -> None:
         NeuronPatch.load(path)
 
 
-@pytest.fixture
-def folders(tmp_path: Path):
-    """Checkpoints of a base and a changed model, in several shards, and the selection."""
-    base, model, selection = pair("llama", torch.bfloat16, 0, attention=True)
-    for name, each in (("base", base), ("model", model)):
-        each.save_pretrained(tmp_path / name, max_shard_size="20KB")
-    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    return tmp_path, selection
+def test_a_model_without_data_is_refused_by_name() -> None:
+    base, model, selection = pair("llama", torch.float32, 0)
+    with pytest.raises(ValueError, match="Tensor 'model.embed_tokens.weight' is on the meta device.*without offload"):
+        NeuronPatch.between(base, model.to("meta"), selection)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        NeuronPatch.between(base.to("meta"), base, selection)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= {name: value.view(torch.uint8).numpy().tobytes() for name, value in load_file(path).items()}
-    return tensors
-
-
-def test_a_checkpoint_on_disk_is_patched_without_loading_the_model(folders) -> None:
-    root, selection = folders
-    with pytest.raises(ValueError, match=r"self_attn.* differs and has no selected neuron"):
-        patch_between_checkpoints(root / "base", root / "model", selection)
-    patch = patch_between_checkpoints(root / "base", root / "model", selection, whole="self_attn", provenance={"a": 1})
-    before = content(root / "base")
-    apply_to_checkpoint(patch, root / "base", root / "patched")
-    assert content(root / "patched") == content(root / "model")
-    assert sorted(path.name for path in (root / "patched").iterdir()) == sorted(
-        path.name for path in (root / "base").iterdir()
-    )
-    assert verify_checkpoint(patch, root / "base", root / "patched")
-    assert not verify_checkpoint(patch, root / "base", root / "base")
-    revert_checkpoint(patch, root / "patched", root / "again")
-    assert content(root / "again") == before == content(root / "base")
-    # The same patch goes on the loaded model.
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.bfloat16)
-    patch.apply(model)
-    changed = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16)
-    assert raw(model) == raw(changed)
-
-
-def test_a_refused_or_interrupted_apply_leaves_no_folder(folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, selection = folders
-    patch = patch_between_checkpoints(root / "base", root / "model", selection, whole="self_attn")
-    before = content(root / "base")
-    with pytest.raises(ValueError, match="is applied already to tensor"):
-        apply_to_checkpoint(patch, root / "model", root / "out")
-    with pytest.raises(FileExistsError, match="exists, expected a new folder"):
-        apply_to_checkpoint(patch, root / "base", root / "model")
-    with pytest.raises(FileNotFoundError, match="has no safetensors file"):
-        apply_to_checkpoint(patch, root, root / "out")
-
-    def stop(self: change_module.Change, tensor: torch.Tensor) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(change_module.Change, "flip", stop)
-        with pytest.raises(KeyboardInterrupt):
-            apply_to_checkpoint(patch, root / "base", root / "out")
-    assert not (root / "out").exists() and not list(root.glob(".out*"))
-    shard = min((root / "base").glob("*.safetensors"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match="is unreadable .*truncated"):
-        apply_to_checkpoint(patch, root / "base", root / "out")
-    shard.write_bytes(whole)
-    assert content(root / "base") == before and not (root / "out").exists()
-
-
-def test_layers_that_a_checkpoint_lacks_or_has_in_another_size_are_refused(tmp_path: Path) -> None:
-    for name in ("base", "model"):
-        (tmp_path / name).mkdir()
-        save_file({"mlp.weight": torch.ones(4, 6)}, tmp_path / name / "model.safetensors")
-    with pytest.raises(KeyError, match=r"Layer 'up' is not in"):
-        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", NeuronSelection({"up": [0]}, {"up": 6}))
-    with pytest.raises(ValueError, match=r"Tensor 'mlp.weight' of shape \(4, 6\) has no dimension of 5 neurons"):
-        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", NeuronSelection({"mlp": [0]}, {"mlp": 5}))
-    with pytest.raises(ValueError, match="No bit differs between base and model"):
-        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", NeuronSelection({"mlp": [0]}, {"mlp": 6}))
+def test_a_weight_that_is_computed_is_refused_by_name() -> None:
+    base, model, selection = pair("llama", torch.float32, 0)
+    for each in (base, model):
+        for layer in selection:
+            nn.utils.parametrizations.weight_norm(each.get_submodule(layer))
+    with pytest.raises(ValueError, match="is computed from other parameters"):
+        NeuronPatch.between(base, model, selection)

@@ -14,7 +14,7 @@ except ImportError as error:
         "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
     ) from error
 
-from torch_simu.cli.console import progress_bars, show_report
+from torch_simu.cli.console import plain, progress_bars, say, show_report
 from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
@@ -88,7 +88,7 @@ def demo(
         with whole_folder(out, force=force) as folder:
             result.save(folder)
     show_report(console, result.report)
-    console.print(f"Report, plots and step logs: {out}", highlight=False)
+    say(console, f"Report, plots and step logs: {out}")
 
 
 @app.command()
@@ -158,7 +158,7 @@ def unlearn(
             progress=progress,
         )
     show_report(console, report)
-    console.print(f"Model, selection, step log and report: {out}", highlight=False)
+    say(console, f"Model, selection, step log and report: {out}")
     if report.reached is False:
         raise typer.Exit(_NOT_REACHED)
 
@@ -199,7 +199,7 @@ def evaluate(
         )
     show_report(console, report)
     for name, value in figures.items():
-        console.print(f"{name}: {value:.4g}", highlight=False)
+        say(console, f"{name}: {value:.4g}")
 
 
 @app.command()
@@ -243,7 +243,9 @@ def attribute(
             force=force,
             progress=progress,
         )
-    console.print(f"{selection}\n{missed(attribution)}\nScores, selection and heat map: {out}", highlight=False)
+    say(console, selection)
+    say(console, missed(attribution))
+    say(console, f"Scores, selection and heat map: {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -262,6 +264,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    line = " ".join(message.split()) or "failed without a message"
+    line = plain(" ".join(message.split())) or "failed without a message"
     sys.stderr.write(f"torch-simu: {line}\n")
     sys.exit(status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.bitsandbytes.installed import require_bitsandbytes
 from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.deltas import load_deltas
 from torch_simu.layers import attention_projections
+from torch_simu.patch.weights import INDEX, indexed_files, weight_files
 from torch_simu.unlearning.data.tokenizer import load_tokenizer
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,12 +69,18 @@ def load_model(
         raise FileNotFoundError(problem(f"Model folder {source!r} does not exist", "a folder, or a name on the hub"))
     if (folder / "adapter_config.json").is_file():
         raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
+    _check_files(source)
     tokenizer = load_tokenizer(source)
     with quiet_transformers():
         options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
         try:
             # Shapes that do not fit are reported with the other weights that do not.
-            options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            options |= {
+                "trust_remote_code": False,
+                "use_safetensors": True,
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,
+            }
             options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
             loaded = cast("Any", AutoModelForCausalLM.from_pretrained(source, **options))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -111,6 +119,19 @@ class Loading:
         )
 
 
+def _check_files(source: str) -> None:
+    """Raise where an index names anything but safetensors: transformers would read it by what its name says."""
+    if Path(source).exists():
+        weight_files(source)
+        return
+    index = None
+    # What cannot be fetched is said where the model itself is.
+    with suppress(OSError, ValueError):
+        index = cached_file(source, INDEX, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        indexed_files(index)
+
+
 def _check_whole(source: str, found: Mapping[str, Collection[Any]]) -> None:
     """Raise unless the weights are the model's, all of them and nothing else.
 
@@ -146,7 +167,7 @@ def _quantized(source: str, load_in: str, float_attention: bool, place: torch.de
     kept = None
     if float_attention:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
         # With a list of one's own, the head that transformers keeps without one must be in it.
         head, tied = empty.get_output_embeddings(), getattr(empty, "all_tied_weights_keys", None) or {}
         heads = {name for name, module in empty.named_modules() if module is head}

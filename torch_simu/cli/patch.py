@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from torch_simu._files import check_replaceable
+from torch_simu.cli.console import say
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch import (
     Audit,
@@ -45,21 +46,21 @@ def create(
     provenance = {"base": base.resolve().name, "model": model.resolve().name}
     patch = patch_between_checkpoints(base, model, NeuronSelection.load(selection), whole=whole, provenance=provenance)
     patch.save(out)
-    Console().print(f"{patch}: {out}", highlight=False)
+    say(Console(), f"{patch}: {out}")
 
 
 @app.command()
 def apply(patch: PatchFile, base: Base, out: OutFolder) -> None:
     """Write a copy of a checkpoint with the change in it; the base is only read."""
     apply_to_checkpoint(NeuronPatch.load(patch), base, out)
-    Console().print(f"Patched: {out}", highlight=False)
+    say(Console(), f"Patched: {out}")
 
 
 @app.command()
 def revert(patch: PatchFile, model: Changed, out: OutFolder) -> None:
     """Write a copy of a checkpoint without the change."""
     revert_checkpoint(NeuronPatch.load(patch), model, out)
-    Console().print(f"Reverted: {out}", highlight=False)
+    say(Console(), f"Reverted: {out}")
 
 
 @app.command()
@@ -76,7 +77,7 @@ def verify(
     audit = verify_checkpoint(NeuronPatch.load(patch), base, model)
     if out is not None:
         audit.save(out)
-    Console().print(str(audit), highlight=False)
+    say(Console(), audit)
     if not audit:
         sys.exit(1)
 
@@ -86,10 +87,10 @@ def show(patch: PatchFile) -> None:
     """List what a patch changes."""
     found = NeuronPatch.load(patch)
     console = Console()
-    console.print(found, highlight=False)
+    say(console, found)
     for key, value in found.provenance.items():
-        console.print(f"{key}: {value}", highlight=False)
+        say(console, f"{key}: {value}")
     for name, change in found.changes.items():
         neurons = f"{len(change.neurons)} of {change.num_neurons} neurons" if change.num_neurons else "all"
         line = f"{name}  {change.kind}  {neurons}  {change.dtype}  {change.before[:12]} -> {change.after[:12]}"
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line, soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch_simu._checks import problem
 from torch_simu._files import current_umask, flush_to_disk
 from torch_simu._hashes import sha256_of
+from torch_simu._temporary import remove_leftovers, temporary_beside
 from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
@@ -102,6 +102,7 @@ def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: b
     if deltas := [name for name, change in patch.changes.items() if change.kind == "delta"]:
         wrong = f"The patch holds {len(deltas)} deltas beside quantized layers, such as {deltas[0]!r}"
         raise ValueError(problem(wrong, "changes of weights", "Load the model and call patch.apply(model)."))
+    remove_leftovers(out)
     _check_new_folder(out, source)
     hashes = {name: change.before if applied else change.after for name, change in patch.changes.items()}
     with opened(source) as tensors:
@@ -113,8 +114,7 @@ def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: b
             if sha256_of(change.flipped(tensors[name])) != hashes[name]:
                 raise ValueError(problem(f"The change of tensor {name!r} leads elsewhere", "what its sha256 says"))
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parent:
-            copy = Path(parent) / "checkpoint"
+        with temporary_beside(out, folder=True) as copy:
             _copy(source, copy)
             for name, change in patch.changes.items():
                 tensors.write(copy, name, change.flipped(tensors[name]))
@@ -148,7 +148,7 @@ def _check_new_folder(out: Path, source: Path) -> None:
 
 def _copy(source: Path, out: Path) -> None:
     # Without the permissions: of a read-only checkpoint the copy could not be changed, or removed.
-    shutil.copytree(source, out, copy_function=shutil.copyfile)
+    shutil.copytree(source, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     mode = 0o777 & ~current_umask()
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
         folder.chmod(mode)

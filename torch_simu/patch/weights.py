@@ -10,14 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
 
-_PLAIN = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+PLAIN = "model.safetensors"
+"""The file of a checkpoint that is one file."""
+
+INDEX = "model.safetensors.index.json"
+"""The index of a checkpoint in several files."""
+
 _DTYPES = MappingProxyType(
     {
         **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -66,24 +71,40 @@ def weight_files(folder: str | Path) -> tuple[list[str], Mapping[str, str]]:
     if not folder.is_dir():
         raise FileNotFoundError(problem(f"Folder {str(folder)!r} does not exist", "the folder of a checkpoint"))
     named = read_config(folder).get("transformers_weights")
-    first = named if isinstance(named, str) else _PLAIN if (folder / _PLAIN).is_file() else _INDEX
-    if not first.endswith(".index.json"):
-        _check_file(folder, "config.json", first)
-        return [first], {}
-    if not (folder / first).is_file():
-        wrong = f"Folder {str(folder)!r} has no safetensors file of a model"
-        raise FileNotFoundError(problem(wrong, f"{_PLAIN} or {_INDEX}", "Save the model with save_pretrained."))
-    try:
-        places = json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"]
+    first = named if isinstance(named, str) else PLAIN if (folder / PLAIN).is_file() else INDEX
+    if first.endswith(".index.json"):
+        if not (folder / first).is_file():
+            wrong = f"Folder {str(folder)!r} has no safetensors file of a model"
+            raise FileNotFoundError(problem(wrong, f"{PLAIN} or {INDEX}", "Save the model with save_pretrained."))
+        places = indexed_files(folder / first)
         files = sorted(set(places.values()))
+    else:
+        files, places = [first], {}
+        _check_name(folder / "config.json", first)
+    for file in files:
+        if not (folder / file).is_file():
+            wrong = f"{str(folder / first)!r} names {file!r}, which does not exist"
+            raise FileNotFoundError(problem(wrong, "all files of the checkpoint"))
+    return files, places
+
+
+def indexed_files(path: str | Path) -> Mapping[str, str]:
+    """Return which file each tensor of a checkpoint is in, as its index says.
+
+    Raises:
+        ValueError: If the index is damaged, or names something else than safetensors files in its folder.
+    """
+    try:
+        places = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+        files = set(places.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        wrong = f"Index {str(folder / first)!r} is unreadable ({error})"
+        wrong = f"Index {str(path)!r} is unreadable ({error})"
         raise ValueError(problem(wrong, "a weight_map from tensors to files")) from None
     if not files:
-        raise ValueError(problem(f"Index {str(folder / first)!r} names no file", "the files of a checkpoint"))
+        raise ValueError(problem(f"Index {str(path)!r} names no file", "the files of a checkpoint"))
     for file in files:
-        _check_file(folder, first, file)
-    return files, places
+        _check_name(path, file)
+    return cast("dict[str, str]", places)
 
 
 def read_config(folder: str | Path) -> Mapping[str, object]:
@@ -133,16 +154,14 @@ def mapped(folder: str | Path) -> Iterator[dict[str, Stored]]:
     yield tensors
 
 
-def _check_file(folder: Path, index: str, name: object) -> None:
-    source = f"{str(folder / index)!r} names {name!r}"
+def _check_name(index: str | Path, name: object) -> None:
+    source = f"{str(index)!r} names {name!r}"
     if not isinstance(name, str) or not name.endswith(".safetensors"):
         advice = "Other formats may run code when they are read: convert the weights."
         raise ValueError(problem(source, "safetensors files", advice))
     place = PurePosixPath(name)
     if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name:
         raise ValueError(problem(source, "files in the folder"))
-    if not (folder / name).is_file():
-        raise FileNotFoundError(problem(f"{source}, which does not exist", "all files of the checkpoint"))
 
 
 def _tensors_in(file: str, memory: mmap.mmap) -> dict[str, Stored]:

@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     expected = "a model folder with its tokenizer files"
     advice = "Save it there: tokenizer.save_pretrained(folder)."
     try:
-        tokenizer: PreTrainedTokenizerBase | None = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase | None = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # Any exception: what is raised for missing files depends on the model type and on the tokenizer's class.
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
