@@ -12,22 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice, check_count, check_number, problem
+from torch_simu._checks import check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
-from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
-from torch_simu.columns import NeuronDim
-from torch_simu.layers import (
-    Selector,
-    attention_projections,
-    check_kind,
-    check_num_neurons,
-    check_unshared,
-    check_weight,
-    neuron_dim,
-    neuron_weight,
-    num_neurons,
-    select_layers,
-)
+from torch_simu.layers import Selector, neuron_groups, num_neurons, select_layers
 
 _KIND = "NeuronSelection"
 
@@ -198,40 +185,7 @@ class NeuronSelection(Mapping[str, Tensor]):
                 weight is computed from other parameters or has no data (meta device, as of offloaded layers); if 4-bit
                 codes of the model were packed for inference.
         """
-        check_choice("attention", attention, ("full", "frozen"))
-        modules = select_layers(model, self) if len(self) else {}
-        projections = attention_projections(model) if attention == "full" else {}
-        groups: dict[NeuronDim, dict[str, object]] = {}
-        for name, module in modules.items():
-            check_kind(name, module)
-            check_num_neurons(name, module, self._num_neurons[name])
-            _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
-            check_weight(name, module)
-            if name in projections:
-                wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
-                raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
-            weight = neuron_weight(module)
-            check_unshared(model, name, weight)
-            dim = neuron_dim(module)
-            group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
-            cast("list[nn.Parameter]", group["params"]).append(weight)
-            cast("list[list[int]]", group["neurons"]).append(list(self._indices[name]))
-        result = list(groups.values())
-        if attention == "full":
-            params = []
-            for name, projection in projections.items():
-                check_weight(name, projection)
-                for param in projection.parameters(recurse=False):
-                    _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
-                    params.append(param)
-            result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
-        # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
-        keep_codes_as_loaded(model)
-        model.requires_grad_(False)
-        for group in result:
-            for param in cast("list[nn.Parameter]", group["params"]):
-                param.requires_grad_(True)
-        return result
+        return neuron_groups(model, self._indices, self._num_neurons, attention)
 
     def save(self, path: str | Path) -> None:
         """Write the selection to `path` (safetensors with a JSON header), whole or not at all."""
@@ -299,15 +253,6 @@ class NeuronSelection(Mapping[str, Tensor]):
         if layer not in self._indices:
             raise KeyError(problem(f"Layer {layer!r} is not in the selection", f"one of {list(self._indices)}"))
         return layer
-
-
-def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
-    if param.is_meta:
-        where = "Load the model, or keep the layer on a device that is not offloaded."
-        raise ValueError(problem(f"The weight of layer {name!r} is on the meta device", "data", where))
-    if not param.is_floating_point():
-        wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
-        raise ValueError(problem(wrong, "a floating-point weight", advice))
 
 
 def checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:

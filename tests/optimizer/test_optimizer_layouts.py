@@ -1,4 +1,4 @@
-"""Neurons of convolutions and of fused experts train as those of linear layers do; whole weights may have 8-bit state."""
+"""Neurons of convolutions and fused experts train as those of linear layers; whole weights may have 8-bit state."""
 
 from __future__ import annotations
 

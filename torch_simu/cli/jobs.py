@@ -123,7 +123,7 @@ def unlearn_job(
                 plots.append("attribution.png")
             write_log(folder / "steps.jsonl", done.log)
             report.save(folder, plots)
-        remove_folder(checkpoint)
+        remove_folder(checkpoint, out)
     return report
 
 

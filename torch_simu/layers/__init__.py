@@ -2,6 +2,7 @@
 
 from torch_simu.layers.checks import check_num_neurons, check_unshared
 from torch_simu.layers.door import check_kind, check_weight
+from torch_simu.layers.groups import neuron_groups
 from torch_simu.layers.kinds import (
     d_model,
     is_fused_experts,
@@ -27,6 +28,7 @@ __all__ = [
     "is_neuron_layer",
     "kind_of",
     "neuron_dim",
+    "neuron_groups",
     "neuron_weight",
     "num_neurons",
     "probed_projections",

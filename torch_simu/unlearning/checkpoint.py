@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
+from torch_simu._temporary import remove_leftovers
 from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
 
@@ -59,10 +60,7 @@ class RunCheckpoint:
         """
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / _MARK
-        # A process that was killed while it wrote leaves the beginning of a file under a hidden name.
-        for unfinished in folder.glob(".*.*"):
-            if unfinished.is_file():
-                unfinished.unlink()
+        remove_leftovers(mark)
         if not mark.exists() and any(folder.iterdir()):
             raise ValueError(problem(f"Folder {str(folder)!r} is not empty and holds no run", "an empty folder"))
         if mark.exists() and mark.read_text().strip() != fingerprint:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch_simu._checks import problem
+from torch_simu._temporary import remove_leftovers, temporary_beside
 
 try:
     import fcntl
@@ -18,6 +19,7 @@ except ImportError:  # pragma: no cover (Windows has no such locks: two processe
     fcntl = None  # type: ignore[assignment]
 
 _REPORTS = ("report.json", "attribution.json")
+_OLD = ".old"
 
 
 def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -129,41 +131,38 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     check_writable(folder, force=force)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        # mkdtemp makes the folder private; a result should be as readable as any other folder of the user.
+    with temporary_beside(folder, folder=True) as temporary:
+        old = temporary.with_name(temporary.name + _OLD)
+        # A temporary folder is private; a result should be as readable as any other folder of the user.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that it is gone at once: under its name it is never seen half removed."""
-    aside = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name.removesuffix('.run')}."))
-    folder.rename(aside / folder.name)
-    shutil.rmtree(aside)
+def remove_folder(folder: Path, result: Path) -> None:
+    """Remove a folder beside a result so that it is gone at once: under its name it is never seen half removed."""
+    with temporary_beside(result.absolute(), folder=True) as aside:
+        folder.rename(aside / folder.name)
 
 
 def _clear(folder: Path) -> None:
-    """Remove the temporary folders of killed processes; what they had set aside comes back first."""
-    leftovers = [each for each in folder.parent.glob(f".{folder.name}.*") if each.is_dir()]
-    for old in leftovers:
-        if old.name.endswith(".old") and not folder.exists():
+    """Remove what killed processes left beside a result; what they had set aside comes back first."""
+    for old in list(folder.parent.glob(f".{glob.escape(folder.name)}.*{_OLD}")):
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
             old.rename(folder)
-    for each in leftovers:
-        shutil.rmtree(each, ignore_errors=True)
+    remove_leftovers(folder)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -1,0 +1,72 @@
+"""Groups: the parameters that hold selected neurons, as an optimizer takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import nn
+
+from torch_simu._checks import check_choice, problem
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
+from torch_simu.columns import NeuronDim
+from torch_simu.layers.checks import check_num_neurons, check_unshared
+from torch_simu.layers.door import check_kind, check_weight
+from torch_simu.layers.kinds import neuron_dim, neuron_weight
+from torch_simu.layers.projections import attention_projections, select_layers
+
+
+def neuron_groups(
+    model: nn.Module, neurons: Mapping[str, Sequence[int]], sizes: Mapping[str, int], attention: str
+) -> list[dict[str, object]]:
+    """Do what `NeuronSelection.param_groups` says; errors as there.
+
+    Args:
+        model: The model the neurons were selected in.
+        neurons: Layer -> selected neurons.
+        sizes: Layer -> how many neurons it was seen with.
+        attention: "frozen" or "full".
+    """
+    check_choice("attention", attention, ("full", "frozen"))
+    modules = select_layers(model, neurons) if neurons else {}
+    projections = attention_projections(model) if attention == "full" else {}
+    groups: dict[NeuronDim, dict[str, object]] = {}
+    for name, module in modules.items():
+        check_kind(name, module)
+        check_num_neurons(name, module, sizes[name])
+        _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
+        check_weight(name, module)
+        if name in projections:
+            wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
+            raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
+        weight = neuron_weight(module)
+        check_unshared(model, name, weight)
+        dim = neuron_dim(module)
+        group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
+        cast("list[nn.Parameter]", group["params"]).append(weight)
+        cast("list[list[int]]", group["neurons"]).append(list(neurons[name]))
+    result = list(groups.values())
+    if attention == "full":
+        params = []
+        for name, projection in projections.items():
+            check_weight(name, projection)
+            for param in projection.parameters(recurse=False):
+                _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
+                params.append(param)
+        result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
+    # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
+    keep_codes_as_loaded(model)
+    model.requires_grad_(False)
+    for group in result:
+        for param in cast("list[nn.Parameter]", group["params"]):
+            param.requires_grad_(True)
+    return result
+
+
+def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
+    if param.is_meta:
+        where = "Load the model, or keep the layer on a device that is not offloaded."
+        raise ValueError(problem(f"The weight of layer {name!r} is on the meta device", "data", where))
+    if not param.is_floating_point():
+        wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
+        raise ValueError(problem(wrong, "a floating-point weight", advice))
