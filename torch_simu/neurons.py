@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torch_simu._checks import check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.layers import Selector, neuron_groups, num_neurons, select_layers
 
 _KIND = "NeuronSelection"
@@ -185,7 +186,14 @@ class NeuronSelection(Mapping[str, Tensor]):
                 weight is computed from other parameters or has no data (meta device, as of offloaded layers); if 4-bit
                 codes of the model were packed for inference.
         """
-        return neuron_groups(model, self._indices, self._num_neurons, attention)
+        groups = neuron_groups(model, self._indices, self._num_neurons, attention)
+        # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
+        keep_codes_as_loaded(model)
+        model.requires_grad_(False)
+        for group in groups:
+            for param in cast("list[nn.Parameter]", group["params"]):
+                param.requires_grad_(True)
+        return groups
 
     def save(self, path: str | Path) -> None:
         """Write the selection to `path` (safetensors with a JSON header), whole or not at all."""

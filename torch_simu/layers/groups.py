@@ -8,7 +8,6 @@ from typing import cast
 from torch import nn
 
 from torch_simu._checks import check_choice, problem
-from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.columns import NeuronDim
 from torch_simu.layers.checks import check_num_neurons, check_unshared
 from torch_simu.layers.door import check_kind, check_weight
@@ -19,7 +18,7 @@ from torch_simu.layers.projections import attention_projections, select_layers
 def neuron_groups(
     model: nn.Module, neurons: Mapping[str, Sequence[int]], sizes: Mapping[str, int], attention: str
 ) -> list[dict[str, object]]:
-    """Do what `NeuronSelection.param_groups` says; errors as there.
+    """Return the groups that `NeuronSelection.param_groups` does, and set nothing; errors as there.
 
     Args:
         model: The model the neurons were selected in.
@@ -54,12 +53,6 @@ def neuron_groups(
                 _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
                 params.append(param)
         result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
-    # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
-    keep_codes_as_loaded(model)
-    model.requires_grad_(False)
-    for group in result:
-        for param in cast("list[nn.Parameter]", group["params"]):
-            param.requires_grad_(True)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torch_simu.unlearning.report.folder import check_writable, whole_folder
+from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
 from torch_simu.unlearning.report.report import MethodResult, Report, readable_bytes, write_json
 
 
@@ -21,11 +21,11 @@ def test_an_exception_leaves_what_was_there(tmp_path, force):
     out = tmp_path / "out"
     out.mkdir()
     if force:
-        (out / "old.txt").write_text("old")
+        write_json(out / "report.json", {"title": "old", "methods": {}})
     with pytest.raises(RuntimeError, match="half"), whole_folder(out, force=force) as folder:
         (folder / "new.txt").write_text("new")
         raise RuntimeError("half way")
-    assert [path.name for path in out.iterdir()] == (["old.txt"] if force else [])
+    assert [path.name for path in out.iterdir()] == (["report.json"] if force else [])
     assert [*tmp_path.iterdir()] == [out]
 
 
@@ -37,6 +37,65 @@ def test_a_file_in_the_way_and_a_full_folder_are_refused(tmp_path):
         check_writable(tmp_path / "file" / "out", force=True)
     with pytest.raises(FileExistsError, match="Use --force"):
         check_writable(tmp_path, force=False)
+
+
+def test_force_replaces_results_only_and_never_what_is_read(tmp_path):
+    thesis, out = tmp_path / "thesis", tmp_path / "out"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something else than a result"):
+        check_writable(thesis, force=True)
+    out.mkdir()
+    write_json(out / "report.json", {"title": "old", "methods": {}})
+    check_writable(out, force=True, inputs=["", "locuslab/TOFU:forget01", thesis])
+    for read in (out, out / "report.json"):
+        with pytest.raises(FileExistsError, match="which is read, expected a folder of its own"):
+            check_writable(out, force=True, inputs=[read])
+
+
+def test_a_file_replaces_by_force_only_and_never_what_is_read(tmp_path):
+    path = tmp_path / "figures.json"
+    check_new_file(path, force=False)
+    path.write_text("{}")
+    with pytest.raises(FileExistsError, match="Use --force"):
+        check_new_file(path, force=False)
+    with pytest.raises(FileExistsError, match="is read"):
+        check_new_file(path, force=True, inputs=["", path])
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        check_new_file(tmp_path, force=True)
+    with pytest.raises(FileNotFoundError, match="does not exist, expected an existing folder"):
+        check_new_file(tmp_path / "no" / "figures.json", force=False)
+
+
+def test_one_process_at_a_time_works_on_a_result(tmp_path):
+    with locked(tmp_path / "deep" / "out"):
+        again = locked(tmp_path / "deep" / "out")
+        with pytest.raises(BlockingIOError, match="Another process is working on .*, expected one at a time"), again:
+            pass
+        with locked(tmp_path / "deep" / "other"):
+            pass
+    assert not [*tmp_path.iterdir()]
+    with locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_killed_process_set_aside_comes_back_and_the_rest_goes(tmp_path, there):
+    old, half = tmp_path / ".out.abc.torch-simu.old", tmp_path / ".out.abc.torch-simu"
+    for folder in (old, half, *([tmp_path / "out"] if there else [])):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    with locked(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "name").read_text() == ("out" if there else old.name)
+
+
+def test_a_removed_folder_is_gone_at_once(tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "a").write_text("a")
+    remove_folder(tmp_path / "out.run", tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_read_only_parent_is_refused_before_the_work(tmp_path, monkeypatch):
