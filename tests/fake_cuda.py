@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -51,9 +51,17 @@ def fake_cuda() -> Iterator[Callable[[Tensor], Tensor]]:
 
         def fake(tensor: Tensor) -> Tensor:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-            return torch.nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else made
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
         yield fake
+
+
+def fake_model(model: nn.Module, fake: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Module:
+    """Put fake parameters on `cuda` in place of those of a model."""
+    for name, param in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, fake(nn.Parameter(param.detach().to(dtype))))
+    return model
 
 
 class Tape(TorchDispatchMode):
