@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.columns import NeuronDim
 from torch_simu.layers import (
     Selector,
     attention_projections,
+    check_kind,
     check_num_neurons,
     check_unshared,
+    check_weight,
     neuron_dim,
     neuron_weight,
     num_neurons,
@@ -172,12 +175,15 @@ class NeuronSelection(Mapping[str, Tensor]):
     def __reduce__(self) -> tuple[type[NeuronSelection], tuple[dict[str, tuple[int, ...]], dict[str, int]]]:
         return NeuronSelection, (self._indices, dict(self._num_neurons))
 
-    def param_groups(self, model: nn.Module, attention: Literal["full", "frozen"] = "full") -> list[dict[str, object]]:
+    def param_groups(
+        self, model: nn.Module, attention: Literal["full", "frozen"] = "frozen"
+    ) -> list[dict[str, object]]:
         """Return groups for `SIMUOptimizer`, and set `requires_grad` so that nothing else trains.
 
         Args:
             model: The model the selection was made on.
-            attention: "full" trains the attention projections whole, as in the paper; "frozen" leaves them alone.
+            attention: "frozen" leaves the attention projections alone; "full" trains them whole, which is the paper's
+                form.
 
         Returns:
             One group per layout of the weights (see `torch_simu.layers.neuron_dim`) with the keys `params`, `neurons`
@@ -185,16 +191,22 @@ class NeuronSelection(Mapping[str, Tensor]):
 
         Raises:
             KeyError: If a layer is not in the model.
+            TypeError: If a layer is of another kind, or belongs to another quantizer (`check_weight` of
+                `torch_simu.layers`).
             ValueError: If a layer has another number of neurons, shares its weight with another layer, holds quantized
-                codes, which cannot be trained in place, or is an attention projection that "full" trains whole.
+                codes, which cannot be trained in place, or is an attention projection that "full" trains whole; if its
+                weight is computed from other parameters or has no data (meta device, as of offloaded layers); if 4-bit
+                codes of the model were packed for inference.
         """
         check_choice("attention", attention, ("full", "frozen"))
         modules = select_layers(model, self) if len(self) else {}
         projections = attention_projections(model) if attention == "full" else {}
         groups: dict[NeuronDim, dict[str, object]] = {}
         for name, module in modules.items():
+            check_kind(name, module)
             check_num_neurons(name, module, self._num_neurons[name])
             _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
+            check_weight(name, module)
             if name in projections:
                 wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
                 raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
@@ -208,10 +220,13 @@ class NeuronSelection(Mapping[str, Tensor]):
         if attention == "full":
             params = []
             for name, projection in projections.items():
+                check_weight(name, projection)
                 for param in projection.parameters(recurse=False):
                     _check_trainable(name, param, "Pass attention='frozen', or load the attention unquantized.")
                     params.append(param)
             result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
+        # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
+        keep_codes_as_loaded(model)
         model.requires_grad_(False)
         for group in result:
             for param in cast("list[nn.Parameter]", group["params"]):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.results import RESULTS, command, environment, write_result
-from torch_simu.bitsandbytes.layers import eight_bit_codes, is_4bit, keep_codes_as_loaded
+from torch_simu.bitsandbytes.layers import eight_bit_codes, is_4bit
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.deltas import attached_layers
 from torch_simu.deltas.layer import DeltaLayer
 from torch_simu.unlearning.data.batches import Batches

@@ -290,7 +290,7 @@ def a_refresh_in_shards_equals_one_process(rank: int, folder: Path) -> None:
         return model, optimizer
 
     model, optimizer = run(shard=True)
-    with mock.patch("torch_simu.unlearning.trainer.refresh._is_distributed", return_value=False):
+    with mock.patch("torch_simu.unlearning.refresh._is_distributed", return_value=False):
         assert_same(model, optimizer, *run(shard=False))
 
 

@@ -87,9 +87,9 @@ class TestParamGroups:
 
     def test_without_layers_only_attention_trains(self):
         model = tiny("llama")
-        (group,) = NeuronSelection({}, {}).param_groups(model)
+        (group,) = NeuronSelection({}, {}).param_groups(model, "full")
         assert len(group["params"]) == len(attention_projections(model))
-        assert NeuronSelection({}, {}).param_groups(model, "frozen") == []
+        assert NeuronSelection({}, {}).param_groups(model) == []
         assert not any(param.requires_grad for param in model.parameters())
 
     @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ class TestParamGroups:
         [
             (lambda m: setattr(m, "0", nn.Linear(5, 4)), ValueError, "Layer '0' has 5 neurons, the selection counts 4"),
             (lambda m: m.__delattr__("2"), KeyError, "Layer '2' is not in the model"),
-            (lambda m: setattr(m, "2", nn.ReLU()), TypeError, "The layer is a ReLU"),
+            (lambda m: setattr(m, "2", nn.ReLU()), TypeError, "Layer '2' is a ReLU"),
             (lambda m: setattr(m[2], "weight", m[0].weight), ValueError, "Layers '[02]' and '[02]' share one weight"),
             (lambda m: setattr(m[1], "weight", m[0].weight), ValueError, "Layers '0' and '1' share one weight"),
             (
@@ -122,14 +122,14 @@ class TestParamGroups:
         model.model.layers[0].self_attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
         selection = NeuronSelection.full(model)
         with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj' holds torch.int8 codes.* attention='frozen'"):
-            selection.param_groups(model)
+            selection.param_groups(model, "full")
         assert len(selection.param_groups(model, "frozen")) == 1
 
     def test_selected_neurons_of_an_attention_projection_do_not_also_train_whole(self):
         model = tiny("llama")
         selection = NeuronSelection.full(model, r"self_attn\.o_proj")
         with pytest.raises(ValueError, match=r"o_proj' has selected neurons and is an attention projection.*'frozen'"):
-            selection.param_groups(model)
+            selection.param_groups(model, "full")
         assert len(selection.param_groups(model, "frozen")[0]["params"]) == 2
 
     def test_a_misspelled_choice_is_refused_with_the_nearest(self):

@@ -24,7 +24,7 @@ from torch_simu.attribution.methods.sums import Method
 from torch_simu.attribution.path import Objective, Path, Rule
 from torch_simu.attribution.sequences import ScoredSequence, collect_sequences, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
-from torch_simu.layers import Selector, num_neurons, select_layers
+from torch_simu.layers import Selector, check_kind, num_neurons, select_layers
 
 MethodName = Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"]
 """How to attribute: the first three after "auto" are exact, the last two approximate, "auto" is the best exact one."""
@@ -96,7 +96,7 @@ def attribute_neurons(
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
             cannot be exact on this model, `resume` holds another attribution, or the processes of `group` were given
             different things.
-        TypeError: If a batch is no mapping of whole-number tensors.
+        TypeError: If a batch is no mapping of whole-number tensors, or a layer is of a kind without neurons.
         KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
 
     Warns:
@@ -117,6 +117,8 @@ def attribute_neurons(
     path = Path(objective, rule, steps)
     check_choice("method", method, ("auto", *_METHODS))
     layers = select_layers(model, select)
+    for name, module in layers.items():
+        check_kind(name, module)
     sequences = collect_sequences(batches)
     with frozen(model):
         chosen = _chosen(model, sequences, layers, path) if method == "auto" else method

@@ -8,10 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from torch_simu.bitsandbytes.packing import codes_as_loaded
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode without trainable parameters, and restore both on the way out."""
+    """Put the model in evaluation mode without trainable parameters, and restore both on the way out.
+
+    Raises:
+        ValueError: If 4-bit codes were packed for inference, which pass no gradient on.
+    """
     training = [module for module in model.modules() if module.training]
     trainable = [param for param in model.parameters() if param.requires_grad]
     try:
@@ -19,7 +25,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = False
         for param in trainable:
             param.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with codes_as_loaded(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module in training:

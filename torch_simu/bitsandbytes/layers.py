@@ -123,30 +123,28 @@ def _decoded(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
-def check_4bit(name: str, layer: nn.Module) -> None:
-    """Raise where a `Linear4bit` cannot be differentiated.
+def check_unpacked(what: str, layer: nn.Module) -> None:
+    """Raise where the codes of a layer were packed for inference: they pass no gradient on, and are not those loaded.
+
+    Args:
+        what: The layer, for the message.
+        layer: Any layer.
 
     Raises:
-        ValueError: If it is not quantized yet, or its codes were packed for inference.
+        ValueError: If they were.
     """
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        raise ValueError(problem(f"The 4-bit layer {name!r} has no codes", "codes", "Move it to its device first."))
-    if getattr(state, "packing_format_for_cpu", False):
-        # Afterwards the gradient is None, with a warning only.
-        wrong = f"The codes of the 4-bit layer {name!r} were packed for inference by a pass without gradients"
-        raise ValueError(problem(wrong, "codes as they were loaded", "Attach before the first evaluation."))
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        advice = (
+            "Load the model again, and call torch_simu.bitsandbytes.packing.keep_codes_as_loaded(model) "
+            "before its first evaluation."
+        )
+        wrong = f"{what} were packed for inference by a pass without gradients"
+        raise ValueError(problem(wrong, "codes as they were loaded", advice))
 
 
 def holds_codes(layer: nn.Module) -> bool:
     """Say whether a layer's weight is quantized."""
     return is_8bit(layer) or is_4bit(layer)
-
-
-def keep_codes_as_loaded(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit codes for inference, after which there is no gradient."""
-    for layer in filter(is_4bit, model.modules()):
-        layer.__dict__["support_avx512bf16_for_cpu"] = False
 
 
 def linear_4bit(layer: Any, x: Tensor) -> Tensor:
@@ -163,12 +161,18 @@ def linear_4bit(layer: Any, x: Tensor) -> Tensor:
         layer.compute_type_is_set = True
     inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
     bias = None if layer.bias is None else layer.bias.to(inner.dtype)
-    found = matmul_4bit(inner, layer.weight, bias=bias, quant_state=layer.weight.quant_state)
+    # Transposed, as its own layer passes it below version 0.50, which by that tells the sides of a square weight.
+    found = matmul_4bit(inner, layer.weight.t(), bias=bias, quant_state=layer.weight.quant_state)
     return cast("Tensor", found.to(x.dtype))
 
 
 def fingerprint(layer: nn.Module) -> str:
-    """Return the sha256 of a layer's weight: of codes and scales where it is quantized."""
+    """Return the sha256 of a layer's weight: of codes and scales where it is quantized.
+
+    Raises:
+        ValueError: If 4-bit codes were packed for inference.
+    """
+    check_unpacked(f"The codes of a {type(layer).__name__}", layer)
     parts: list[Tensor] = []
     if hasattr(layer, "state") and is_8bit(layer):
         parts += eight_bit_codes(layer)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.bitsandbytes.installed import require_bitsandbytes
-from torch_simu.bitsandbytes.layers import keep_codes_as_loaded
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.deltas import load_deltas
 from torch_simu.layers import attention_projections
 from torch_simu.unlearning.data.tokenizer import load_tokenizer
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CODES = ("8bit", "4bit")
+
+_MERGE = "Merge the adapter into the model (merge_and_unload) and save the whole."
 
 DELTAS = "deltas.safetensors"
 """Where the deltas of a quantized model are, in its folder."""
@@ -47,7 +51,8 @@ def load_model(
         The model in eval mode, and the tokenizer. Deltas that are saved beside the model are attached.
 
     Raises:
-        ValueError: If `source` is no model with a tokenizer, or `dtype` or `device` is unknown.
+        ValueError: If `source` is no model with a tokenizer, its weights are not all of the model and nothing else (the
+            message names them), it holds an adapter, or `dtype` or `device` is unknown.
     """
     check_choice("dtype", dtype, _DTYPES)
     if load_in is not None:
@@ -59,16 +64,23 @@ def load_model(
         raise ValueError(problem(f"{source!r} holds no config.json", "the folder of a transformers model"))
     if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") != 1):
         raise FileNotFoundError(problem(f"Model folder {source!r} does not exist", "a folder, or a name on the hub"))
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
     tokenizer = load_tokenizer(source)
     with quiet_transformers():
+        options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
         try:
-            options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            # Shapes that do not fit are reported with the other weights that do not.
+            options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+            loaded = cast("Any", AutoModelForCausalLM.from_pretrained(source, **options))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or "-").splitlines()[0]
             raise ValueError(problem(f"Model {source!r} cannot be loaded ({reason})", "safetensors weights")) from error
+    model: PreTrainedModel = loaded[0]
+    _check_whole(source, loaded[1])
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
     vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > vocabulary:
         wrong = f"The tokenizer of {source!r} has {len(tokenizer)} tokens and the model {vocabulary} embeddings"
@@ -81,12 +93,47 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def _check_whole(source: str, found: Mapping[str, Collection[Any]]) -> None:
+    """Raise unless the weights are the model's, all of them and nothing else.
+
+    transformers draws what it does not find at random and leaves what it does not know, with a notice only.
+    """
+    lacking, unknown = sorted(found["missing_keys"]), sorted(filter(_is_weight, found["unexpected_keys"]))
+    misfits = sorted(f"{name} of shape {tuple(has)}" for name, has, _ in found["mismatched_keys"])
+    sides = (("lack", lacking), ("do not fit the model in", misfits), ("hold beside the model", unknown))
+    said = [f"{verb} {_listed(names)}" for verb, names in sides if names]
+    if not said:
+        return
+    if unknown and (prefix := re.match(r"(_orig_mod|module|_forward_module)\.", unknown[0])):
+        advice = f"They were saved from a wrapped model; save the model inside (its `{prefix[1]}`)."
+    elif any(name.endswith((".delta", ".idx")) for name in unknown):
+        advice = "They hold deltas: save those with torch_simu.deltas.save_deltas, and the model after detach_deltas."
+    elif any(re.search(r"\.(lora_|base_layer\.)", name) for name in unknown):
+        advice = _MERGE
+    else:
+        advice = "Are config.json and the weights of one model, and is none of the files missing?"
+    raise ValueError(problem(f"The weights of {source!r} {' and '.join(said)}", "all of the model's", advice))
+
+
+def _is_weight(name: str) -> bool:
+    # Masks and tables that older versions of transformers saved; models make them anew.
+    return not re.search(r"(?:^|\.)(?:inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$", name)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _quantized(source: str, load_in: str, float_attention: bool, place: torch.device) -> dict[str, Any]:
-    kept = ["lm_head"]
+    kept = None
     if float_attention:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-        kept += sorted({name.rsplit(".", 1)[-1] for name in attention_projections(empty)})
+        # With a list of one's own, the head that transformers keeps without one must be in it.
+        head, tied = empty.get_output_embeddings(), getattr(empty, "all_tied_weights_keys", None) or {}
+        heads = {name for name, module in empty.named_modules() if module is head}
+        heads |= {name.removesuffix(".weight") for name in (*tied, *tied.values())}
+        kept = sorted(heads | {name.rsplit(".", 1)[-1] for name in attention_projections(empty)})
     if load_in == "8bit":
         # Without a threshold for outliers, by which a row's result would depend on the other rows of the batch.
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)

@@ -3,6 +3,7 @@
 from torch_simu.deltas.attach import attach_deltas, attached_layers, detach_deltas, merge_deltas
 from torch_simu.deltas.export import WriteBack, write_back
 from torch_simu.deltas.files import load_deltas, save_deltas
+from torch_simu.deltas.trained import trained_groups
 
 __all__ = [
     "WriteBack",
@@ -12,5 +13,6 @@ __all__ = [
     "load_deltas",
     "merge_deltas",
     "save_deltas",
+    "trained_groups",
     "write_back",
 ]

@@ -9,14 +9,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
-from torch_simu.bitsandbytes.layers import check_4bit, is_4bit, is_8bit
+from torch_simu.bitsandbytes.layers import is_4bit, is_8bit
+from torch_simu.bitsandbytes.packing import keep_codes_as_loaded, let_codes_go
 from torch_simu.columns import Columns
-from torch_simu.deltas.layer import DeltaLayer, attach, detach
+from torch_simu.deltas.layer import DeltaLayer, attach, detach, has_own_forward
 from torch_simu.layers import (
+    check_kind,
     check_num_neurons,
     check_unshared,
-    is_fused_experts,
-    is_neuron_layer,
+    check_weight,
     neuron_dim,
     select_layers,
 )
@@ -39,9 +40,11 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.
 
     Raises:
         KeyError: If a layer is not in the model.
-        TypeError: If a layer is of another kind, or the arguments are.
-        ValueError: If a layer has a delta already, another number of neurons, no data (meta device), is sharded, is
-            compiled, or shares its weight with another layer; nothing is attached then.
+        TypeError: If a layer is of another kind or of another quantizer, or the arguments are of another type.
+        ValueError: If a layer has a delta already, another number of neurons, no data (meta device), a weight that is
+            computed from other parameters or a forward put on it by other code than accelerate's, is sharded, is
+            compiled, or shares its weight with another layer; if 4-bit codes of the model were packed for inference.
+            Nothing is attached then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -60,6 +63,8 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.
     layers = select_layers(model, chosen) if chosen else {}
     for name, layer in layers.items():
         _check(model, name, layer, selection)
+    if layers and not attached_layers(model):
+        keep_codes_as_loaded(model)
     return {name: attach(layer, selection[name]) for name, layer in layers.items()}
 
 
@@ -91,6 +96,7 @@ def merge_deltas(model: nn.Module) -> None:
             wide = torch.promote_types(weight.dtype, torch.float32)
             columns.write_(weight, (columns.gather(weight).to(wide) + delta.to(wide)).to(weight.dtype))
         detach(layer)
+    let_codes_go(model)
 
 
 def detach_deltas(model: nn.Module) -> None:
@@ -101,6 +107,7 @@ def detach_deltas(model: nn.Module) -> None:
     """
     for layer in checked_layers(model).values():
         detach(layer)
+    let_codes_go(model)
 
 
 def checked_layers(model: nn.Module) -> dict[str, DeltaLayer]:
@@ -119,17 +126,16 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
     if isinstance(layer, DeltaLayer):
         advice = "Call merge_deltas or detach_deltas first."
         raise ValueError(problem(f"Layer {name!r} has a delta already", "none", advice))
-    if is_fused_experts(layer) or not is_neuron_layer(layer):
-        expected = "nn.Linear, Conv1D, Linear8bitLt or Linear4bit"
-        advice = "Train the experts in place: selection.param_groups(model)." if is_fused_experts(layer) else ""
-        raise TypeError(problem(f"Layer {name!r} is a {type(layer).__name__}", expected, advice))
+    check_kind(name, layer, experts=False)
     check_num_neurons(name, layer, selection.num_neurons[name])
     _check_not_compiled(f"Layer {name!r}", layer)
-    weight = cast("nn.Parameter", layer.weight)
-    if weight.device.type == "meta":
+    check_weight(name, layer)
+    if has_own_forward(layer):
+        wrong = f"Layer {name!r} has a forward of its own, which another library put on it"
         raise ValueError(
-            problem(f"The weight of layer {name!r} is on the meta device", "data", "Load the model first.")
+            problem(wrong, "that of its class, or hooks of accelerate", "Attach first, and patch it then.")
         )
+    weight = cast("nn.Parameter", layer.weight)
     if isinstance(weight, DTensor):
         advice = "Call attach_deltas before fully_shard."
         raise ValueError(problem(f"The weight of layer {name!r} is sharded", "a whole one", advice))
@@ -137,8 +143,8 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
     if is_8bit(layer) and (weight.dtype != torch.int8 or layer.state.has_fp16_weights):  # type: ignore[union-attr]
         advice = "Make it with has_fp16_weights=False and move it to its device, which makes the codes."
         raise ValueError(problem(f"The 8-bit layer {name!r} holds {weight.dtype}", "torch.int8 codes", advice))
-    if is_4bit(layer):
-        check_4bit(name, layer)
+    if is_4bit(layer) and getattr(weight, "quant_state", None) is None:
+        raise ValueError(problem(f"The 4-bit layer {name!r} has no codes", "codes", "Move it to its device first."))
 
 
 def _check_not_compiled(what: str, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
+from torch_simu.bitsandbytes.packing import let_codes_go
 from torch_simu.deltas.attach import checked_layers
 from torch_simu.deltas.layer import DeltaLayer, detach
 
@@ -56,6 +57,7 @@ def write_back(model: nn.Module) -> dict[str, WriteBack]:
     for name, layer in layers.items():
         found[name] = _written(layer)
         detach(layer)
+    let_codes_go(model)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -91,6 +92,7 @@ def attach(layer: nn.Module, neurons: Tensor) -> nn.Parameter:
     layer.__dict__["_trainable"] = trainable
     for param in layer.parameters(recurse=False):
         param.requires_grad_(False)
+    _rebind(layer, base)
     delta = nn.Parameter(torch.zeros(d_model(layer), len(neurons), dtype=torch.float32, device=device))
     layer.register_parameter("delta", delta)
     layer.register_buffer("idx", neurons.to(device))
@@ -102,11 +104,32 @@ def detach(layer: nn.Module) -> None:
     for name in ("delta", "idx"):
         delattr(layer, name)
     base = type(layer)._before  # type: ignore[attr-defined]
+    _rebind(layer, type(layer), to=base)
     layer.__class__ = base
     if is_8bit(layer):
         give_codes_back(layer)
     for name in layer.__dict__.pop("_trainable"):
         getattr(layer, name).requires_grad_(True)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Say whether a forward that stands on the layer itself passes by that of its class, for good.
+
+    One that accelerate put there calls the layer's former forward by a name, and can be led back to the class.
+    """
+    former = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    return former is not None and not _is_of(former, type(layer), layer)
+
+
+def _rebind(layer: nn.Module, before: Any, to: Any = None) -> None:
+    """Lead the forwards that accelerate keeps on the layer from those of one class to those of another."""
+    for key in ("forward", "_old_forward"):
+        if key in layer.__dict__ and _is_of(layer.__dict__[key], before, layer):
+            layer.__dict__[key] = MethodType((to or type(layer)).forward, layer)
+
+
+def _is_of(method: object, kind: Any, layer: nn.Module) -> bool:
+    return isinstance(method, MethodType) and method.__self__ is layer and method.__func__ is kind.forward
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_simu._checks import check_choice, check_count, problem
+from torch_simu.bitsandbytes.packing import codes_as_loaded
 from torch_simu.hooks.record import SUMS, LayerRecord, NeuronHookError, Reduction
 from torch_simu.hooks.tap import Arguments, InputTap
 from torch_simu.layers import Selector, is_fused_experts, is_neuron_layer, select_layers
@@ -62,7 +63,8 @@ def register_neuron_hooks(
         A mapping layer name -> tensor and a context manager. It stays readable after the block.
 
     Raises:
-        ValueError: If nothing is selected, `reduce` is unknown, `arg` is negative or `accum_dtype` is not floating.
+        ValueError: If nothing is selected, `reduce` is unknown, `arg` is negative, `accum_dtype` is not floating, or
+            4-bit codes were packed for inference, which pass no gradient on.
         TypeError: If `reduce`, `arg` or `position_mask` is of a wrong type.
         KeyError: If a selected name is not in the module.
 
@@ -85,7 +87,12 @@ def register_neuron_hooks(
         raise TypeError(problem(f"reduce is {reduce!r}", f"one of {', '.join(map(repr, SUMS))}, None or a callable"))
     if not accum_dtype.is_floating_point:
         raise ValueError(problem(f"accum_dtype is {accum_dtype}", "a floating-point dtype"))
-    return NeuronHooks(_selected(module, select), arg, reduce, position_mask, accum_dtype)
+    layers = _selected(module, select)
+    with ExitStack() as codes:
+        codes.enter_context(codes_as_loaded(module))
+        hooks = NeuronHooks(layers, arg, reduce, position_mask, accum_dtype)
+        hooks._codes = codes.pop_all()
+    return hooks
 
 
 class NeuronHooks(Mapping[str, Tensor]):
@@ -116,6 +123,7 @@ class NeuronHooks(Mapping[str, Tensor]):
     ) -> None:
         self.position_mask = position_mask
         self._paused = False
+        self._codes = ExitStack()
         self._keeps_all = reduce is None
         self._records = {name: LayerRecord(name, reduce, accum_dtype) for name in layers}
         taps = [(layer, InputTap(layer, self._records[name], arg)) for name, layer in layers.items()]
@@ -154,6 +162,7 @@ class NeuronHooks(Mapping[str, Tensor]):
             record.closed = True
         for handle in self._handles:
             handle.remove()
+        self._codes.close()
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up what all processes recorded, in place; call it once, after the last backward.

@@ -1,10 +1,12 @@
 """Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
 
 from torch_simu.layers.checks import check_num_neurons, check_unshared
+from torch_simu.layers.door import check_kind, check_weight
 from torch_simu.layers.kinds import (
     d_model,
     is_fused_experts,
     is_neuron_layer,
+    kind_of,
     neuron_dim,
     neuron_weight,
     num_neurons,
@@ -15,12 +17,15 @@ from torch_simu.layers.projections import Selector, attention_projections, down_
 __all__ = [
     "Selector",
     "attention_projections",
+    "check_kind",
     "check_num_neurons",
     "check_unshared",
+    "check_weight",
     "d_model",
     "down_projections",
     "is_fused_experts",
     "is_neuron_layer",
+    "kind_of",
     "neuron_dim",
     "neuron_weight",
     "num_neurons",

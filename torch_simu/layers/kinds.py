@@ -26,6 +26,12 @@ def is_fused_experts(module: nn.Module) -> bool:
     return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
+def kind_of(module: nn.Module) -> str:
+    """Return the class of a module for a message: with its path, unless it is one of torch's own."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def has_neurons(module: nn.Module) -> bool:
     """Say whether `module` holds neurons, as its inputs or inside."""
     return is_neuron_layer(module) or is_fused_experts(module)
@@ -106,5 +112,5 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _checked(module: nn.Module) -> nn.Module:
     if not is_neuron_layer(module):
-        raise TypeError(problem(f"The layer is a {type(module).__name__}", "nn.Linear, Conv1D or fused experts"))
+        raise TypeError(problem(f"The layer is a {kind_of(module)}", "nn.Linear, Conv1D or fused experts"))
     return module

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from torch_simu._checks import problem
+from torch_simu.layers.door import check_kind
 from torch_simu.layers.kinds import has_neurons, num_neurons
 from torch_simu.layers.probe import probed_projections
 
@@ -116,10 +117,7 @@ def _projections(model: nn.Module, pattern: str | None, which: int, what: str) -
     if not found:
         raise ValueError(problem(f"No layer matches {pattern!r} for {what}", "at least one", _candidates(model)))
     for name, module in found.items():
-        if not has_neurons(module):
-            raise TypeError(
-                problem(f"Layer {name!r} is a {type(module).__name__}", "nn.Linear, Conv1D or fused experts")
-            )
+        check_kind(name, module)
     return found
 
 

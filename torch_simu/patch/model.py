@@ -57,7 +57,8 @@ def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
 
     Raises:
         KeyError: If a layer is not in the model.
-        ValueError: If a layer has another number of neurons than the selection says.
+        ValueError: If a layer has another number of neurons than the selection says, or its weight is computed from
+            other parameters.
     """
     where = {}
     for name, layer in (select_layers(model, selection) if len(selection) else {}).items():
