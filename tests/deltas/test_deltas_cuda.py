@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fake_cuda import Waits, fake_cuda, fake_model
+from tests.fake_cuda.waits import Waits, fake_cuda, fake_model
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas
 
 
