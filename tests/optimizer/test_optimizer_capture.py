@@ -12,9 +12,11 @@ from hypothesis import assume, given
 from torch import nn
 
 from tests import laws
-from tests.optimizer.fake_cuda import Tape
+from tests.fake_cuda.tape import Tape
 from tests.strategies import float_dtypes, layers, normal, options, seeds
 from torch_simu import SIMUOptimizer
+from torch_simu.optimizer.guard import Guard
+from torch_simu.update import counted_uniform
 
 OPTIONS = {
     "plain": {},
@@ -156,8 +158,6 @@ def test_reading_the_device_says_what_was_stopped():
 
 
 def test_draws_from_a_counter_are_uniform_and_unrelated():
-    from torch_simu.update import counted_uniform
-
     draws = torch.stack([counted_uniform((4000,), torch.tensor(seed)) for seed in (0, 1, 2, 10_007, 1_000_003)])
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -166,3 +166,28 @@ def test_draws_from_a_counter_are_uniform_and_unrelated():
     related = torch.corrcoef(torch.cat([draws, draws.roll(1, 1)]))
     assert (related - torch.eye(10)).abs().max() < 0.06
     assert torch.equal(draws[0], counted_uniform((4000,), torch.tensor(0)))
+
+
+@pytest.mark.parametrize("bad", [(), (1,), (4, 5), (8,)])
+def test_a_gpu_is_read_only_where_a_refresh_may_be_due(bad, monkeypatch):
+    """As on a GPU without `capturable`: the device decides, and the host knows when nothing can be due."""
+    runs = []
+    for on_device in (False, True):
+        param = nn.Parameter(torch.ones(2))
+        optimizer = SIMUOptimizer([param], hessian_interval=4)
+        if on_device:
+            monkeypatch.setattr(Guard, "passes", lambda self, entries, *_: entries[0].grad.isfinite().all())
+        seen, reads = [], 0
+        for number in range(20):
+            param.grad = torch.full((2,), math.nan if number in bad else 1.0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                optimizer.step()
+            reads += not optimizer._guard.rests()
+            seen.append(optimizer.hessian_due)
+            if seen[-1]:
+                param.grad = torch.ones(2)
+                optimizer.update_hessian(1)
+        runs.append((seen, reads))
+    assert runs[0][0] == runs[1][0]
+    assert runs[1][1] < 14

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tests.fake_cuda import Waits, fake_cuda
+from tests.fake_cuda.waits import Waits, fake_cuda
 from torch_simu import SIMUOptimizer
 
 OPTIONS = {

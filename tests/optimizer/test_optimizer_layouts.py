@@ -1,4 +1,4 @@
-"""Neurons of convolutions and fused experts train as those of linear layers; whole weights may have 8-bit state."""
+"""Neurons of convolutions and of fused experts train as those of linear layers do; whole weights have 8-bit state."""
 
 from __future__ import annotations
 
@@ -95,6 +95,14 @@ class TestEightBitState:
         train(weights, optimizer, 3, 5)
         train(twins, resumed, 3, 5)
         assert_equal(weights, twins)
+
+    def test_its_code_map_is_made_once(self, monkeypatch):
+        functional = pytest.importorskip("bitsandbytes.functional")
+        weights = [nn.Parameter(normal(0, 8, 64))]
+        optimizer = SIMUOptimizer(weights, state_dtype=torch.uint8, lr=0.01)
+        train(weights, optimizer, 0, 1)
+        monkeypatch.setattr(functional, "create_dynamic_map", None)
+        train(weights, optimizer, 1, 4)
 
     def test_selected_neurons_are_refused(self):
         weight = nn.Parameter(torch.zeros(2, 4))

@@ -32,14 +32,15 @@ def make_due(group: dict[str, Any]) -> None:
     _set_next(group, group["num_steps"], True)
 
 
-def due(groups: Iterable[Mapping[str, Any]], *, ahead: int = 0) -> Tensor | bool:
-    """Return whether a refresh of one of the groups is due, or will be so many steps from now."""
-    flags = [group["num_steps"] + ahead >= group["next_refresh"] for group in groups]
-    tensors = [flag for flag in flags if isinstance(flag, Tensor)]
+def steps_left(groups: Iterable[Mapping[str, Any]]) -> Tensor | int:
+    """Return how many steps from now the first refresh of some groups is due; 1 without groups."""
+    left = [group["next_refresh"] - group["num_steps"] for group in groups]
+    tensors = [each for each in left if isinstance(each, Tensor)]
+    host = min((each for each in left if not isinstance(each, Tensor)), default=None)
     if not tensors:
-        return any(flags)
-    flag = torch.stack([flag.to(tensors[0].device) for flag in tensors]).any()
-    return flag | any(flag for flag in flags if not isinstance(flag, Tensor))
+        return 1 if host is None else host
+    first = torch.stack([each.to(tensors[0].device) for each in tensors]).min()
+    return first if host is None else first.clamp(max=host)
 
 
 def place_counters(group: dict[str, Any], finite: Tensor | bool) -> None:

@@ -84,6 +84,15 @@ def checked_group(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -
     return group
 
 
+def complete_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Add the options that a loaded group lacks, and no others: distributed checkpoints know their own keys only."""
+    # The base class adds it to the defaults when something is loaded.
+    group.pop("differentiable", None)
+    for option, value in defaults.items():
+        if option != "differentiable":
+            group.setdefault(option, value)
+
+
 def refreshed_by(groups: Sequence[Mapping[str, Any]], curvature: str, method: str) -> list[int]:
     """Return the numbers of the groups with a curvature.
 

@@ -24,6 +24,8 @@ class Guard:
         self._there: dict[torch.device, Tensor] = {}
         # Steps since the beginning; None: the curvature was refreshed, or there is no more to say.
         self._unrefreshed: int | None = 0
+        # Steps that may be made before a refresh can be due; one that is stopped only makes it later.
+        self._resting = 0
 
     @property
     def num_stopped(self) -> int:
@@ -75,13 +77,22 @@ class Guard:
 
     def count_refresh(self) -> None:
         """Count a refresh: the curvature is there."""
-        self._unrefreshed = None
+        self._unrefreshed, self._resting = None, 0
 
-    def count_unrefreshed(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def rest(self, steps: int) -> None:
+        """Let no refresh be due before so many steps were made."""
+        self._resting = steps
+
+    def rests(self) -> bool:
+        """Say whether no refresh can be due, so that the device need not be read."""
+        return self._resting > 0
+
+    def count_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Count a step, and warn once when the curvature was never refreshed in two intervals.
 
         By calls, not by the counters of the groups, which may be on the device.
         """
+        self._resting = max(0, self._resting - 1)
         waiting = [group for group in groups if group["curvature"] != "squared_gradient"]
         if self._unrefreshed is None or not waiting or torch.compiler.is_compiling():
             return

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch_simu._checks import check_count, check_number
 from torch_simu.curvature import bartlett_diagonal
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer.counters import due
+from torch_simu.optimizer.counters import steps_left
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 from torch_simu.optimizer.estimates import Estimates, hutchinson_entries
-from torch_simu.optimizer.groups import checked_group, dtype_name, refreshed_by, selected_groups
+from torch_simu.optimizer.groups import checked_group, complete_group, dtype_name, refreshed_by, selected_groups
 from torch_simu.optimizer.guard import Guard
 from torch_simu.optimizer.loading import loading, saving
 from torch_simu.optimizer.reselection import reselect
@@ -122,11 +122,8 @@ class SIMUOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The base class adds it to the defaults at a load, and distributed checkpoints know their own keys only.
-        known = {option: value for option, value in self.defaults.items() if option != "differentiable"}
         for group in self.param_groups:
-            group.pop("differentiable", None)
-            group.update({option: value for option, value in known.items() if option not in group})
+            complete_group(group, self.defaults)
         if "_guard" not in self.__dict__:
             self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
         for each in (self._selected, self._estimates, self._guard):
@@ -138,18 +135,25 @@ class SIMUOptimizer(Optimizer):
         Raises:
             ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
         """
+        self._guard.rest(0)
         super().add_param_group(checked_group(param_group, self.defaults))
 
     @property
     def hessian_due(self) -> bool:
         """Whether the curvature should be refreshed now: after step 1, then every `hessian_interval` steps.
 
-        On a GPU, and with `capturable`, this reads the device, and says what non-finite gradients stopped since.
+        On a GPU this reads the device where it may be so, with `capturable` always, and says what non-finite gradients
+        stopped since.
         """
-        is_due = due(group for group in self.param_groups if group["curvature"] != "squared_gradient")
-        if isinstance(is_due, Tensor):
+        if self._guard.rests():
+            return False
+        left = steps_left(group for group in self.param_groups if group["curvature"] != "squared_gradient")
+        if isinstance(left, Tensor):
+            left = int(left)
             self._guard.say()
-        return bool(is_due)
+            # A replayed step is not known here.
+            self._guard.rest(0 if any(group["capturable"] for group in self.param_groups) else left)
+        return left <= 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -175,7 +179,7 @@ class SIMUOptimizer(Optimizer):
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
             step_group(group, group_entries, self.state, finite)
-        self._guard.count_unrefreshed(self.param_groups)
+        self._guard.count_step(self.param_groups)
         return loss
 
     @torch.no_grad()
@@ -258,6 +262,7 @@ class SIMUOptimizer(Optimizer):
             self.add_param_group(group)
         self._selected.clear()
         self._estimates.clear()
+        self._guard.rest(0)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_simu.optimizer.counters import count_step, due, place_counters, schedule_refresh
+from torch_simu.optimizer.counters import count_step, place_counters, schedule_refresh, steps_left
 from torch_simu.optimizer.entries import Entry, local, stored
 from torch_simu.optimizer.storage import allocate, read, write
 from torch_simu.update import (
@@ -56,7 +56,7 @@ def step_group(
     # Before the step, whose draws go by the counter.
     place_counters(group, finite)
     own = [state_of(states, group, entry) for entry in entries]
-    refreshed = group["curvature"] == "squared_gradient" and due([group], ahead=1) & finite
+    refreshed = group["curvature"] == "squared_gradient" and finite & (steps_left([group]) <= 1)
     if refreshed is not False:
         for entry, state in zip(entries, own, strict=True):
             fold(group, state, entry.grad.square(), refreshed)

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: fake tensors that show what waits for the device, and a tape that replays like a CUDA graph."""
+"""Fake tensors on a GPU, which have no data, and a count of what would wait for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 _COPIES = ("_to_copy", "copy_", "_copy_from")
 _READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
@@ -51,39 +51,14 @@ def fake_cuda() -> Iterator[Callable[[Tensor], Tensor]]:
 
         def fake(tensor: Tensor) -> Tensor:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-            return torch.nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else made
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
         yield fake
 
 
-class Tape(TorchDispatchMode):
-    """Records operations as a CUDA graph does: tensors from outside are addresses, what the host knew is constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and record it."""
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero"), f"{name} cannot be captured"
-        result = func(*args, **kwargs)
-        self.records.append((func, args, kwargs, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        """Run the recorded operations again, on what is at their addresses now."""
-        made: dict[int, Tensor] = {}
-
-        def now(value: Any) -> Any:
-            return made.get(id(value), value) if isinstance(value, Tensor) else value
-
-        for func, args, kwargs, result in self.records:
-            given = {id(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-            found = func(*tree_map(now, args), **tree_map(now, kwargs))
-            for old, new in zip(tree_leaves(result), tree_leaves(found), strict=True):
-                # What an operation changed in place stays at its address.
-                if isinstance(old, Tensor) and id(old) not in given:
-                    made[id(old)] = new
+def fake_model(model: nn.Module, fake: Callable[[Tensor], Tensor], dtype: torch.dtype) -> nn.Module:
+    """Put fake parameters on `cuda` in place of those of a model."""
+    for name, param in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, fake(nn.Parameter(param.detach().to(dtype))))
+    return model
