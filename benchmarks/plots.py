@@ -1,6 +1,6 @@
 """Draw the plots of the docs from the result files.
 
-Usage: python benchmarks/plots.py
+Usage: python -m benchmarks.plots
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import loaded
+
+from benchmarks.tables import loaded
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def environment() -> dict[str, object]:
     """Versions, processor and threads of this run."""
@@ -24,7 +26,7 @@ def environment() -> dict[str, object]:
 def command() -> str:
     """How this script was called, without the folders of this machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    return " ".join(["python -m", sys.modules["__main__"].__spec__.name, *words])
 
 
 def write_result(path: Path, *, force: bool = False, **content: object) -> None:

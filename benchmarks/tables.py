@@ -1,6 +1,6 @@
 """Print result files as the Markdown tables of README and docs, so that prose and files agree.
 
-Usage: python benchmarks/tables.py
+Usage: python -m benchmarks.tables
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean, median
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.results import RESULTS
 
 
 def loaded(name: str) -> dict:

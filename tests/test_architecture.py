@@ -20,6 +20,7 @@ OURS = sorted(
 FLOORS = {
     "_checks": 1,
     "_hashes": 1,
+    "columns": 1,
     "_files": 2,
     "bitsandbytes": 2,
     "curvature": 2,
@@ -102,7 +103,7 @@ def test_an_import_of_a_higher_floor_is_seen(tmp_path: Path, monkeypatch: pytest
         test_every_file_has_a_floor_and_imports_lower_floors_only(wrong)
 
 
-@pytest.mark.parametrize("name", ["update", "curvature"])
+@pytest.mark.parametrize("name", ["columns", "update", "curvature"])
 def test_the_maths_sees_tensors_only(name: str) -> None:
     allowed = {*TENSORS_ONLY, *sys.stdlib_module_names}
     found = set(imports(PACKAGE / f"{name}.py"))

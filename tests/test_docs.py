@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import torch_simu
+from benchmarks.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_simu"
@@ -123,6 +124,5 @@ TABLE = re.compile(r"<!-- table: (\w+) -->\n\n((?:\|.*\n)*)")
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_tables_are_those_of_the_result_files(page: Path) -> None:
-    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["TABLES"]
     for name, shown in TABLE.findall(page.read_text()):
-        assert shown.strip().splitlines() == list(tables[name]()), f"run python benchmarks/tables.py, table {name}"
+        assert shown.strip().splitlines() == list(TABLES[name]()), f"run python -m benchmarks.tables, table {name}"

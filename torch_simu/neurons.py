@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
 from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
+from torch_simu.columns import NeuronDim
 from torch_simu.layers import (
-    NeuronDim,
     Selector,
     attention_projections,
     check_kind,
+    check_num_neurons,
+    check_unshared,
     check_weight,
     neuron_dim,
     neuron_weight,
@@ -198,12 +200,15 @@ class NeuronSelection(Mapping[str, Tensor]):
         projections = attention_projections(model) if attention == "full" else {}
         groups: dict[NeuronDim, dict[str, object]] = {}
         for name, module in modules.items():
-            self._check_layer(name, module)
+            check_kind(name, module)
+            check_num_neurons(name, module, self._num_neurons[name])
+            _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
+            check_weight(name, module)
             if name in projections:
                 wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
                 raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
             weight = neuron_weight(module)
-            _check_unshared(model, name, weight)
+            check_unshared(model, name, weight)
             dim = neuron_dim(module)
             group = groups.setdefault(dim, {"params": [], "neurons": [], "neuron_dim": dim})
             cast("list[nn.Parameter]", group["params"]).append(weight)
@@ -292,25 +297,11 @@ class NeuronSelection(Mapping[str, Tensor]):
             raise KeyError(problem(f"Layer {layer!r} is not in the selection", f"one of {list(self._indices)}"))
         return layer
 
-    def _check_layer(self, name: str, module: nn.Module) -> None:
-        check_kind(name, module)
-        if (size := num_neurons(module)) != self._num_neurons[name]:
-            wrong = f"Layer {name!r} has {size} neurons, the selection counts {self._num_neurons[name]}"
-            raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
-        _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
-        check_weight(name, module)
-
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
     if not param.is_floating_point():
         wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
         raise ValueError(problem(wrong, "a floating-point weight", advice))
-
-
-def _check_unshared(model: nn.Module, layer: str, weight: nn.Parameter) -> None:
-    for name, module in model.named_modules():
-        if name != layer and any(param is weight for param in module.parameters(recurse=False)):
-            raise ValueError(problem(f"Layers {layer!r} and {name!r} share one weight", "a weight per layer"))
 
 
 def _checked_indices(layer: str, indices: Iterable[int] | Tensor, size: int) -> tuple[int, ...]:

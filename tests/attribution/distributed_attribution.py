@@ -25,7 +25,7 @@ def shared_attribution_equals_that_of_one_process(rank: int, folder: Path) -> No
         assert found.provenance == expected.provenance
         for layer, scores in expected.scores.items():
             torch.testing.assert_close(found.scores[layer], scores, rtol=1e-5, atol=1e-6 * scores.norm().item())
-            assert abs(found.delta[layer] - expected.delta[layer]) < 1e-4
+            assert abs(found.completeness_error[layer] - expected.completeness_error[layer]) < 1e-4
         assert all(done <= total for done, total in calls)
         assert bool(calls) == (num_rows > 1 or rank == 0)
 

@@ -43,8 +43,8 @@ def assert_exact(
         expected = reference(model, rows, layer, objective, rule, steps)
         assert found.dtype == torch.float64
         assert relative_error(found, expected.scores) < 1e-5
-        delta = expected.scores.sum().item() - expected.change
-        assert attribution.delta[layer] == pytest.approx(delta, abs=1e-4 * (1 + abs(expected.change)))
+        error = expected.scores.sum().item() - expected.change
+        assert attribution.completeness_error[layer] == pytest.approx(error, abs=1e-4 * (1 + abs(expected.change)))
 
 
 @given(
@@ -138,8 +138,8 @@ def test_the_sum_of_scores_is_the_change_of_the_objective_at_many_midpoints(name
     coarse, fine = (attribute_neurons(model, [batch], steps=steps, method="packed") for steps in (4, 128))
     for layer, scores in fine.scores.items():
         change = reference(model, rows, layer, "logprob", "midpoint", 1).change
-        assert abs(fine.delta[layer]) < 1e-2 * (1 + abs(change))
-        assert abs(fine.delta[layer]) <= abs(coarse.delta[layer]) + 1e-2 * (1 + abs(change))
+        assert abs(fine.completeness_error[layer]) < 1e-2 * (1 + abs(change))
+        assert abs(fine.completeness_error[layer]) <= abs(coarse.completeness_error[layer]) + 1e-2 * (1 + abs(change))
         assert scores.sum().item() == pytest.approx(change, abs=1e-2 * (1 + abs(change)))
 
 
@@ -149,7 +149,7 @@ def test_approximate_methods_are_complete_along_their_own_path(name: str, method
     batch = padded_batch(sequences(2), "left")
     attribution = attribute_neurons(lively(name), [batch], steps=100, method=method)
     for layer, scores in attribution.scores.items():
-        assert abs(attribution.delta[layer]) < 1e-2 * (1 + scores.abs().sum().item())
+        assert abs(attribution.completeness_error[layer]) < 1e-2 * (1 + scores.abs().sum().item())
 
 
 @given(st.sampled_from(["packed", "prefix", "layerwise", "joint"]), seeds)
@@ -172,7 +172,7 @@ def test_a_small_memory_budget_changes_no_score(method: str, monkeypatch: pytest
     found = attribute_neurons(model, [batch], method=method, steps=3)
     for layer, scores in expected.scores.items():
         assert relative_error(found.scores[layer], scores) < 1e-5
-        assert found.delta[layer] == pytest.approx(expected.delta[layer], abs=1e-4)
+        assert found.completeness_error[layer] == pytest.approx(expected.completeness_error[layer], abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["packed", "prefix"])
@@ -296,7 +296,7 @@ def test_memory_that_runs_out_halves_the_passes_and_changes_no_score(monkeypatch
         assert refused
         for layer, scores in expected.scores.items():
             assert relative_error(found.scores[layer], scores) < 1e-5
-            assert found.delta[layer] == pytest.approx(expected.delta[layer], abs=1e-4)
+            assert found.completeness_error[layer] == pytest.approx(expected.completeness_error[layer], abs=1e-4)
 
 
 def test_memory_that_does_not_suffice_for_one_query_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def test_an_interrupted_attribution_goes_on_where_it_stopped_and_deletes_the_fil
     whole = attribute_neurons(lively("llama"), _batches(), method="packed")
     _interrupted(path, after=6)
     _, header = _files.load_tensors(path, "AttributionCheckpoint")
-    assert header["num_rows"] > 0
+    assert header["num_sequences"] > 0
     calls: list[tuple[int, int]] = []
     resumed = attribute_neurons(
         lively("llama"), _batches(), method="packed", resume=path, progress=lambda *call: calls.append(call)
@@ -236,7 +236,7 @@ def test_an_interrupted_attribution_goes_on_where_it_stopped_and_deletes_the_fil
     assert calls[0][0] > calls[0][1] // (2 * 9)
     assert calls[-1][0] == calls[-1][1]
     assert not path.exists()
-    assert resumed.delta == whole.delta
+    assert resumed.completeness_error == whole.completeness_error
     assert resumed.provenance == whole.provenance
     for layer, scores in whole.scores.items():
         assert torch.equal(resumed.scores[layer], scores)

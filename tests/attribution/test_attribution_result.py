@@ -114,7 +114,7 @@ def test_contrast_keeps_the_origin_of_both_and_leaves_silent_layers_at_zero() ->
     contrast = attribution(a=[0.0, 0.0]).contrast(attribution(a=[1.0, 3.0]))
     assert contrast.scores["a"].tolist() == [-0.5, -1.5]
     assert contrast.provenance == {"contrast": [{"objective": "logprob"}, {"objective": "logprob"}]}
-    assert (contrast.num_samples, dict(contrast.delta)) == (3, {})
+    assert (contrast.num_samples, dict(contrast.completeness_error)) == (3, {})
 
 
 def test_contrast_refuses_other_layers() -> None:
@@ -128,7 +128,8 @@ def test_a_saved_attribution_loads_equal(tmp_path: Path) -> None:
     loaded = Attribution.load(path)
     assert list(loaded.scores) == ["b", "a"]
     assert all(torch.equal(loaded.scores[layer], scores) for layer, scores in found.scores.items())
-    assert (loaded.delta, loaded.num_samples, loaded.provenance) == (found.delta, 7, {"steps": 10})
+    assert loaded.completeness_error == found.completeness_error
+    assert (loaded.num_samples, loaded.provenance) == (7, {"steps": 10})
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -207,7 +208,15 @@ def test_stability_of_no_neuron_is_refused() -> None:
 def test_a_sum_counts_the_samples_of_both() -> None:
     total = attribution(a=[1.0, 2.0]) + attribution(a=[3.0, -2.0])
     assert total.scores["a"].tolist() == [4.0, 0.0]
-    assert (total.num_samples, total.delta["a"]) == (6, 0.5)
+    assert (total.num_samples, total.completeness_error["a"]) == (6, 0.5)
     assert total.provenance == {"sum": [{"objective": "logprob"}] * 2}
     with pytest.raises(TypeError):
         attribution(a=[1.0]) + 1
+
+
+def test_the_old_name_of_the_completeness_error_still_reads(tmp_path: Path) -> None:
+    found, path = drawn(1), tmp_path / "scores.safetensors"
+    assert found.delta is found.completeness_error
+    header = {"layers": list(found.scores), "delta": dict(found.delta), "num_samples": 7, "provenance": {}}
+    _files.save_tensors(path, "Attribution", found.scores, header)
+    assert Attribution.load(path).completeness_error == found.completeness_error

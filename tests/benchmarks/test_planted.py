@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from column_scores import auc
-from erasing import zeroed
-from planted import found_mask, masks_of, over_seeds, precision, ranked, scored
-from planting import PlantingRecipe, check_planted, knowledge, norm_ratio, plant
-
+from benchmarks.planted.column_scores import auc
+from benchmarks.planted.erasing import zeroed
+from benchmarks.planted.planted import found_mask, masks_of, over_seeds, precision, ranked, scored
+from benchmarks.planted.planting import PlantingRecipe, check_planted, knowledge, norm_ratio, plant
 from torch_simu import attribute_neurons
 from torch_simu.layers import select_layers
 from torch_simu.unlearning.data.batches import batches_in_order

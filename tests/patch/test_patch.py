@@ -18,6 +18,7 @@ from tests.models import tiny
 from tests.quantized import quantized
 from tests.strategies import float_dtypes, generator, normal, seeds
 from torch_simu import NeuronPatch, NeuronSelection, attach_deltas, detach_deltas
+from torch_simu.columns import Columns
 from torch_simu.deltas import attached_layers
 from torch_simu.layers import attention_projections, neuron_dim, neuron_weight
 from torch_simu.patch import apply_to_checkpoint, bits, patch_between_checkpoints, revert_checkpoint, verify_checkpoint
@@ -34,9 +35,8 @@ def pair(name: str, dtype: torch.dtype, seed: int, *, attention: bool = False):
     with torch.no_grad():
         for number, layer in enumerate(selection):
             module = model.get_submodule(layer)
-            columns = bits.neurons_first(neuron_weight(module), neuron_dim(module))
-            where = bits._coordinates(columns, neuron_dim(module), selection[layer])
-            columns[where] = columns[where] + normal(seed + number, *columns[where].shape, dtype=dtype)
+            weight, columns = neuron_weight(module), Columns(neuron_dim(module), selection[layer])
+            columns.add_(weight, normal(seed + number, *columns.shape_in(weight.shape), dtype=dtype))
         if attention:
             for projection in attention_projections(model).values():
                 projection.weight.mul_(1.01)

@@ -19,11 +19,11 @@ from torch_simu.attribution.methods.decode import decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
 from torch_simu.attribution.methods.packed import packed_sums
 from torch_simu.attribution.methods.prefix import prefix_sums
+from torch_simu.attribution.methods.spot_check import fastest_exact
+from torch_simu.attribution.methods.sums import Method
 from torch_simu.attribution.path import Objective, Path, Rule
-from torch_simu.attribution.rows import Row, collect_rows, data_hash
+from torch_simu.attribution.sequences import ScoredSequence, collect_sequences, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
-from torch_simu.attribution.spot_check import fastest_exact
-from torch_simu.attribution.sums import Method
 from torch_simu.layers import Selector, check_kind, num_neurons, select_layers
 
 MethodName = Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"]
@@ -40,7 +40,7 @@ _METHODS: Mapping[str, Method] = MappingProxyType(
 )
 _FAST = ("packed", "decode")
 
-# Short rows share a pass up to this many tokens: beyond, attention between rows costs more than a pass saves.
+# Short sequences share a pass up to this many tokens: beyond, attention between sequences costs more than a pass saves.
 _PACK_TOKENS = 128
 
 
@@ -66,14 +66,14 @@ def attribute_neurons(
     \left.\frac{\partial F_i}{\partial a_k}\right|_{a=\alpha_j\beta_i}, \qquad
     \sum_k \mathrm{Att}_k = \sum_i F_i(\beta_i) - F_i(0) + \delta,$$
 
-    with the quadrature error $\delta$ reported as `delta`. Parameters, gradients, modes and hooks of the model are left
-    as they are, also after an exception.
+    with the quadrature error $\delta$ reported as `completeness_error`. Parameters, gradients, modes and hooks of the
+    model are left as they are, also after an exception.
 
     Args:
         model: A causal language model; it is evaluated without dropout, on its own device.
         batches: Mappings with `input_ids`, `labels` (-100 = not scored; `labels[t]` is predicted from the tokens before
             `t`, as in transformers) and perhaps `attention_mask`. Shape of each: `(batch, length)`. Padding may be on
-            either side; each row counts as if it stood alone. Other keys are ignored.
+            either side; each sequence counts as if it stood alone. Other keys are ignored.
         select: Layers, as in `torch_simu.layers.select_layers`; None: the MLP down projections.
         objective: $F$: log-likelihood of the target ("logprob"), its probability ("prob") or its negative
             log-likelihood ("loss").
@@ -90,7 +90,7 @@ def attribute_neurons(
             all. `resume` must name a file for each. None: this process attributes everything.
 
     Returns:
-        Scores of every neuron, `delta` of every layer, and provenance.
+        Scores of every neuron, `completeness_error` of every layer, and provenance.
 
     Raises:
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
@@ -119,9 +119,9 @@ def attribute_neurons(
     layers = select_layers(model, select)
     for name, module in layers.items():
         check_kind(name, module)
-    rows = collect_rows(batches)
+    sequences = collect_sequences(batches)
     with frozen(model):
-        chosen = _chosen(model, rows, layers, path) if method == "auto" else method
+        chosen = _chosen(model, sequences, layers, path) if method == "auto" else method
         provenance: dict[str, object] = {
             "objective": objective,
             "rule": rule,
@@ -130,12 +130,12 @@ def attribute_neurons(
             "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "model": config_hash(model),
             "weights": weights_hash(model),
-            "data": data_hash(rows),
+            "data": data_hash(sequences),
         }
         configuration = {**provenance, "layers": list(layers)}
-        mine = rows
+        mine = sequences
         if group is not None:
-            mine = share_of(rows, repr(configuration), group)
+            mine = share_of(sequences, repr(configuration), group)
             configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
         checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
@@ -144,25 +144,27 @@ def attribute_neurons(
         )
         partial = checkpoint.load(fresh)
         try:
-            _add_rows(model, mine, layers, path, _METHODS[chosen], partial, checkpoint, progress)
+            _add_sequences(model, mine, layers, path, _METHODS[chosen], partial, checkpoint, progress)
         except BaseException:
             checkpoint.save(partial, now=True)
             raise
-    scores, delta = partial.scores, partial.delta
+    scores, errors = partial.scores, partial.completeness_error
     if group is not None:
-        scores, delta = added_up(scores, delta, group)
+        scores, errors = added_up(scores, errors, group)
     checkpoint.remove()
-    num_samples = sum(row.num_samples for row in rows)
-    return Attribution(scores, delta, num_samples, provenance)
+    num_samples = sum(sequence.num_samples for sequence in sequences)
+    return Attribution(scores, errors, num_samples, provenance)
 
 
-def _chosen(model: nn.Module, rows: list[Row], layers: Mapping[str, nn.Module], path: Path) -> MethodName:
-    return cast("MethodName", fastest_exact(model, rows, layers, path, {name: _METHODS[name] for name in _FAST}))
+def _chosen(
+    model: nn.Module, sequences: list[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+) -> MethodName:
+    return cast("MethodName", fastest_exact(model, sequences, layers, path, {name: _METHODS[name] for name in _FAST}))
 
 
-def _add_rows(
+def _add_sequences(
     model: nn.Module,
-    rows: list[Row],
+    sequences: list[ScoredSequence],
     layers: Mapping[str, nn.Module],
     path: Path,
     method: Method,
@@ -170,28 +172,29 @@ def _add_rows(
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    total = sum(row.num_samples for row in rows) * len(layers)
-    done = sum(row.num_samples for row in rows[: partial.num_rows]) * len(layers)
-    for group in _groups(rows[partial.num_rows :]):
-        scores, delta = dict(partial.scores), dict(partial.delta)
+    total = sum(sequence.num_samples for sequence in sequences) * len(layers)
+    done = sum(sequence.num_samples for sequence in sequences[: partial.num_sequences]) * len(layers)
+    for group in _groups(sequences[partial.num_sequences :]):
+        scores, errors = dict(partial.scores), dict(partial.completeness_error)
         for name, found in method(model, group, layers, path):
             scores[name] = scores[name] + found.scores
-            delta[name] += found.error
-            done += sum(row.num_samples for row in group)
+            errors[name] += found.completeness_error
+            done += sum(sequence.num_samples for sequence in group)
             if progress is not None:
                 progress(done, total)
-        # Only whole groups count, so that an interruption leaves sums over the same rows in every layer.
-        partial.scores, partial.delta, partial.num_rows = scores, delta, partial.num_rows + len(group)
+        # Only whole groups count, so that an interruption leaves sums over the same sequences in every layer.
+        partial.scores, partial.completeness_error = scores, errors
+        partial.num_sequences += len(group)
         checkpoint.save(partial)
 
 
-def _groups(rows: list[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in order, as many at once as share a pass."""
-    group: list[Row] = []
-    for row in rows:
-        if group and sum(map(len, group)) + len(row) > _PACK_TOKENS:
+def _groups(sequences: list[ScoredSequence]) -> Iterator[list[ScoredSequence]]:
+    """Yield the sequences in order, as many at once as share a pass."""
+    group: list[ScoredSequence] = []
+    for sequence in sequences:
+        if group and sum(map(len, group)) + len(sequence) > _PACK_TOKENS:
             yield group
             group = []
-        group.append(row)
+        group.append(sequence)
     if group:
         yield group

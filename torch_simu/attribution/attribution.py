@@ -33,8 +33,8 @@ class Attribution:
     Attributes:
         scores: Layer -> attribution of each neuron, summed over samples, in units of the objective. With the default
             objective, positive means that the neuron supports the targets. Shape of each: `(num_neurons,)`, float64.
-        delta: Layer -> completeness error: the sum of the scores minus the change of the objective between zero and
-            clean activation, summed over samples. A contrast has none.
+        completeness_error: Layer -> the sum of the scores minus the change of the objective between zero and clean
+            activation, summed over samples. A contrast has none.
         num_samples: How many samples were summed.
         provenance: How the scores came about: objective, rule, steps, method, model and data.
 
@@ -48,9 +48,14 @@ class Attribution:
     """
 
     scores: Mapping[str, Tensor]
-    delta: Mapping[str, float]
+    completeness_error: Mapping[str, float]
     num_samples: int
     provenance: Mapping[str, object]
+
+    @property
+    def delta(self) -> Mapping[str, float]:
+        """The old name of `completeness_error`."""
+        return self.completeness_error
 
     def __repr__(self) -> str:
         total = sum(score.numel() for score in self.scores.values())
@@ -66,9 +71,10 @@ class Attribution:
             return NotImplemented
         self._check_layers(other)
         scores = {layer: score + other.scores[layer] for layer, score in self.scores.items()}
-        delta = {layer: error + other.delta[layer] for layer, error in self.delta.items() if layer in other.delta}
+        theirs = other.completeness_error
+        errors = {layer: error + theirs[layer] for layer, error in self.completeness_error.items() if layer in theirs}
         provenance: dict[str, object] = {"sum": [dict(self.provenance), dict(other.provenance)]}
-        return Attribution(scores, delta, self.num_samples + other.num_samples, provenance)
+        return Attribution(scores, errors, self.num_samples + other.num_samples, provenance)
 
     def select(
         self,
@@ -144,7 +150,7 @@ class Attribution:
     def contrast(self, other: Attribution) -> Attribution:
         """Return the score over its mean magnitude, minus the other's score over its own, layer by layer.
 
-        High where a neuron supports these samples and not the others; the result has no unit and no `delta`.
+        High where a neuron supports these samples and not the others; the result has no unit and no completeness error.
 
         Args:
             other: Scores of the same layers on other samples, say the retain set.
@@ -195,7 +201,7 @@ class Attribution:
         """Write the attribution to `path` (safetensors with a JSON header), whole or not at all."""
         header = {
             "layers": list(self.scores),
-            "delta": dict(self.delta),
+            "completeness_error": dict(self.completeness_error),
             "num_samples": self.num_samples,
             "provenance": dict(self.provenance),
         }
@@ -210,9 +216,11 @@ class Attribution:
             ValueError: If the file is damaged or holds something else.
         """
         tensors, header = load_tensors(path, _KIND)
+        # Files of older versions say "delta".
+        errors = header["completeness_error"] if "completeness_error" in header else header["delta"]
         return cls(
             {layer: tensors[layer] for layer in cast("list[str]", header["layers"])},
-            cast("dict[str, float]", header["delta"]),
+            cast("dict[str, float]", errors),
             cast("int", header["num_samples"]),
             cast("dict[str, object]", header["provenance"]),
         )

@@ -23,17 +23,17 @@ _SECONDS = 10.0
 
 @dataclass(slots=True, eq=False)
 class Partial:
-    """Sums over the rows that are done.
+    """Sums over the sequences that are done.
 
     Attributes:
         scores: Layer -> sum. Shape of each: `(num_neurons,)`, float64.
-        delta: Layer -> completeness error.
-        num_rows: How many rows are done, in their order.
+        completeness_error: Layer -> sum of the scores minus the change of the objective.
+        num_sequences: How many sequences are done, in their order.
     """
 
     scores: dict[str, Tensor]
-    delta: dict[str, float]
-    num_rows: int = 0
+    completeness_error: dict[str, float]
+    num_sequences: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -65,14 +65,21 @@ class Checkpoint:
             key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
             wrong = f"File {str(self.path)!r} was written with {key} {found.get(key)!r}"
             raise ValueError(problem(wrong, f"{expected.get(key)!r}", "Delete the file, or give another path."))
-        delta = cast("dict[str, float]", header["delta"])
-        return Partial({layer: tensors[layer] for layer in fresh.scores}, delta, cast("int", header["num_rows"]))
+        return Partial(
+            {layer: tensors[layer] for layer in fresh.scores},
+            cast("dict[str, float]", header["completeness_error"]),
+            cast("int", header["num_sequences"]),
+        )
 
     def save(self, partial: Partial, *, now: bool = False) -> None:
         """Write the sums, whole or not at all; at most every ten seconds unless `now`."""
         if self.path is None or not (now or time.monotonic() - self._written >= _SECONDS):
             return
-        header = {"configuration": dict(self.configuration), "delta": partial.delta, "num_rows": partial.num_rows}
+        header = {
+            "configuration": dict(self.configuration),
+            "completeness_error": partial.completeness_error,
+            "num_sequences": partial.num_sequences,
+        }
         save_tensors(self.path, _KIND, partial.scores, header)
         self._written = time.monotonic()
 

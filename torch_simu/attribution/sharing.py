@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_simu._checks import problem
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 
 
-def share_of(rows: Sequence[Row], fingerprint: str, group: dist.ProcessGroup) -> list[Row]:
-    """Return every n-th row, where n processes share them.
+def share_of(sequences: Sequence[ScoredSequence], fingerprint: str, group: dist.ProcessGroup) -> list[ScoredSequence]:
+    """Return every n-th sequence, where n processes share them.
 
     Args:
-        rows: All rows, the same in each process.
-        fingerprint: A hash of the rows and of how they are attributed.
+        sequences: All sequences, the same in each process.
+        fingerprint: A hash of the sequences and of how they are attributed.
         group: The processes.
 
     Raises:
@@ -32,16 +32,16 @@ def share_of(rows: Sequence[Row], fingerprint: str, group: dist.ProcessGroup) ->
     if len(set(found)) > 1:
         wrong = f"{len(set(found))} of {len(found)} processes attribute something else"
         raise ValueError(problem(wrong, "the same model, batches and options in all", "Pass all batches everywhere."))
-    return list(rows[dist.get_rank(group) :: dist.get_world_size(group)])
+    return list(sequences[dist.get_rank(group) :: dist.get_world_size(group)])
 
 
 def added_up(
-    scores: Mapping[str, Tensor], delta: Mapping[str, float], group: dist.ProcessGroup
+    scores: Mapping[str, Tensor], errors: Mapping[str, float], group: dist.ProcessGroup
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the sums over all processes: scores and completeness errors, layer by layer."""
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    flat = torch.cat([*scores.values(), torch.tensor([delta[layer] for layer in scores], dtype=torch.float64)])
+    flat = torch.cat([*scores.values(), torch.tensor([errors[layer] for layer in scores], dtype=torch.float64)])
     flat = flat.to(device)
     dist.all_reduce(flat, group=group)
-    *parts, errors = flat.cpu().split([*(score.numel() for score in scores.values()), len(scores)])
-    return dict(zip(scores, parts, strict=True)), dict(zip(scores, errors.tolist(), strict=True))
+    *parts, summed = flat.cpu().split([*(score.numel() for score in scores.values()), len(scores)])
+    return dict(zip(scores, parts, strict=True)), dict(zip(scores, summed.tolist(), strict=True))

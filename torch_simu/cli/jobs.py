@@ -148,7 +148,7 @@ def attribute_job(
                 "selected": len(selection[layer]),
                 "num_neurons": selection.num_neurons[layer],
                 "largest_score": attribution.scores[layer].max().item(),
-                "completeness_error": float(attribution.delta[layer]),
+                "completeness_error": float(attribution.completeness_error[layer]),
             }
             for layer in selection
         }

@@ -11,12 +11,14 @@ from torch.distributed.tensor import DTensor
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import is_4bit, is_8bit
 from torch_simu.bitsandbytes.packing import keep_codes_as_loaded, let_codes_go
+from torch_simu.columns import Columns
 from torch_simu.deltas.layer import DeltaLayer, attach, detach, has_own_forward
 from torch_simu.layers import (
     check_kind,
+    check_num_neurons,
+    check_unshared,
     check_weight,
     neuron_dim,
-    num_neurons,
     select_layers,
 )
 from torch_simu.neurons import NeuronSelection
@@ -88,12 +90,11 @@ def merge_deltas(model: nn.Module) -> None:
             )
             raise ValueError(problem(wrong, "a floating-point weight", advice))
     for layer in layers.values():
-        weight, dim = layer.weight, cast("int", neuron_dim(layer))
-        delta = layer.delta.detach() if dim == -1 else layer.delta.detach().T
+        weight, columns = layer.weight, Columns(neuron_dim(layer), layer.idx)
+        delta = layer.delta.detach() if columns.dim == -1 else layer.delta.detach().T
         with torch.no_grad():
-            columns = weight.index_select(dim, layer.idx)
             wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.index_copy_(dim, layer.idx, (columns.to(wide) + delta.to(wide)).to(weight.dtype))
+            columns.write_(weight, (columns.gather(weight).to(wide) + delta.to(wide)).to(weight.dtype))
         detach(layer)
     let_codes_go(model)
 
@@ -126,9 +127,7 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
         advice = "Call merge_deltas or detach_deltas first."
         raise ValueError(problem(f"Layer {name!r} has a delta already", "none", advice))
     check_kind(name, layer, experts=False)
-    if num_neurons(layer) != selection.num_neurons[name]:
-        wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, the selection counts {selection.num_neurons[name]}"
-        raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
+    check_num_neurons(name, layer, selection.num_neurons[name])
     _check_not_compiled(f"Layer {name!r}", layer)
     check_weight(name, layer)
     if has_own_forward(layer):
@@ -140,9 +139,7 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
     if isinstance(weight, DTensor):
         advice = "Call attach_deltas before fully_shard."
         raise ValueError(problem(f"The weight of layer {name!r} is sharded", "a whole one", advice))
-    for other, module in model.named_modules():
-        if other != name and any(param is weight for param in module.parameters(recurse=False)):
-            raise ValueError(problem(f"Layers {name!r} and {other!r} share one weight", "a weight per layer"))
+    check_unshared(model, name, weight)
     if is_8bit(layer) and (weight.dtype != torch.int8 or layer.state.has_fp16_weights):  # type: ignore[union-attr]
         advice = "Make it with has_fp16_weights=False and move it to its device, which makes the codes."
         raise ValueError(problem(f"The 8-bit layer {name!r} holds {weight.dtype}", "torch.int8 codes", advice))

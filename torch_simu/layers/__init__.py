@@ -1,8 +1,7 @@
 """Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
 
-from torch_simu.layers.door import check_kind, check_weight
+from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.kinds import (
-    NeuronDim,
     d_model,
     is_fused_experts,
     is_neuron_layer,
@@ -15,10 +14,11 @@ from torch_simu.layers.probe import probed_projections
 from torch_simu.layers.projections import Selector, attention_projections, down_projections, select_layers
 
 __all__ = [
-    "NeuronDim",
     "Selector",
     "attention_projections",
     "check_kind",
+    "check_num_neurons",
+    "check_unshared",
     "check_weight",
     "d_model",
     "down_projections",

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from torch_simu._checks import problem
-
-NeuronDim = int | tuple[int, int]
-"""The dimension of a weight that the neurons are, or two that count them together, the last one fastest."""
+from torch_simu.columns import NeuronDim
 
 
 def is_neuron_layer(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from torch_simu._checks import problem
-from torch_simu.layers.door import check_kind
+from torch_simu.layers.checks import check_kind
 from torch_simu.layers.kinds import has_neurons, num_neurons
 from torch_simu.layers.probe import probed_projections
 

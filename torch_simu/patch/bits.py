@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
+from torch_simu.columns import Columns, NeuronDim, dims_of, neurons_first
 
 _WHOLE = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
 
@@ -22,35 +23,14 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_WHOLE[tensor.element_size()])
 
 
-def neurons_first(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Return a tensor with the neurons that `dim` counts as its first dimensions, sharing its memory."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    return tensor.movedim(dims, tuple(range(len(dims))))
+def columns_of(tensor: Tensor, dim: NeuronDim, neurons: Tensor) -> Columns:
+    """Return the entries of some neurons of a tensor, to be taken with the neurons first: `(num_selected, ...)`."""
+    return Columns(dims_of(dim), neurons.to(tensor.device))
 
 
-def columns_of(tensor: Tensor, dim: int | tuple[int, ...], neurons: Tensor) -> Tensor:
-    """Return the entries of some neurons. Shape: `(num_selected, ...)`."""
-    moved = neurons_first(tensor, dim)
-    return moved[_coordinates(moved, dim, neurons.to(tensor.device))]
-
-
-def xor_columns_(tensor: Tensor, dim: int | tuple[int, ...], neurons: Tensor, change: Tensor) -> None:
-    """Flip the bits of some neurons' entries, in place.
-
-    Args:
-        tensor: Bits of the whole.
-        dim: What counts the neurons.
-        neurons: Which. Shape: `(num_selected,)`.
-        change: Which bits. Shape: `(num_selected, ...)`.
-    """
-    moved = neurons_first(tensor, dim)
-    where = _coordinates(moved, dim, neurons.to(tensor.device))
-    moved[where] = moved[where] ^ change.to(tensor.device)
-
-
-def differing_neurons(before: Tensor, after: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+def differing_neurons(before: Tensor, after: Tensor, dim: NeuronDim) -> Tensor:
     """Return the neurons in whose entries two tensors differ by a bit. Shape: `(num_differing,)`."""
-    dims = 1 if isinstance(dim, int) else len(dim)
+    dims = len(dims_of(dim))
     different = neurons_first(bits_of(before) != bits_of(after), dim).flatten(0, dims - 1)
     return different.flatten(1).any(dim=1).nonzero()[:, 0] if different.numel() else torch.zeros(0, dtype=torch.int64)
 
@@ -64,9 +44,3 @@ def check_alike(name: str, before: Tensor, after: Tensor) -> None:
     if before.shape != after.shape or before.dtype != after.dtype:
         wrong = f"Tensor {name!r} has shape {tuple(after.shape)} and dtype {after.dtype}"
         raise ValueError(problem(wrong, f"{tuple(before.shape)} and {before.dtype}, as in the base"))
-
-
-def _coordinates(moved: Tensor, dim: int | tuple[int, ...], neurons: Tensor) -> tuple[Tensor, ...]:
-    if isinstance(dim, int):
-        return (neurons,)
-    return torch.unravel_index(neurons, moved.shape[: len(dim)])

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from torch_simu._checks import problem
 from torch_simu._hashes import sha256_of
-from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons, xor_columns_
+from torch_simu.columns import NeuronDim, num_columns
+from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons
 
 Kind = Literal["columns", "whole", "delta"]
 
-Where = Mapping[str, tuple[int | tuple[int, ...], Tensor]]
+Where = Mapping[str, tuple[NeuronDim, Tensor]]
 """Tensor name -> what counts its neurons, and those that may change."""
 
 
@@ -40,7 +41,7 @@ class Change:
     after: str
     dtype: str
     shape: tuple[int, ...]
-    dim: int | tuple[int, ...] | None
+    dim: NeuronDim | None
     num_neurons: int
     neurons: Tensor
     value: Tensor
@@ -72,7 +73,7 @@ class Change:
         if self.dim is None:
             bits.bitwise_xor_(self.value.to(bits.device))
         else:
-            xor_columns_(bits, self.dim, self.neurons, self.value)
+            columns_of(bits, self.dim, self.neurons).xor_(bits, self.value.to(bits.device))
 
     def flipped(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor with the change on, or off."""
@@ -95,7 +96,7 @@ class Change:
 
 
 def change_between(
-    name: str, before: Tensor, after: Tensor, dim: int | tuple[int, ...] | None, neurons: Tensor | None
+    name: str, before: Tensor, after: Tensor, dim: NeuronDim | None, neurons: Tensor | None
 ) -> Change | None:
     """Return the change from one tensor to another, or None where no bit differs.
 
@@ -117,10 +118,8 @@ def change_between(
     if dim is None or neurons is None:
         value = (bits_of(before) ^ bits_of(after)).cpu()
         return Change("whole", *hashes, dtype, shape, None, 0, torch.zeros(0, dtype=torch.int64), value)
-    dims = (dim,) if isinstance(dim, int) else dim
-    num_neurons = torch.Size([shape[each] for each in dims]).numel()
-    value = columns_of(bits_of(before), dim, neurons) ^ columns_of(bits_of(after), dim, neurons)
-    return Change("columns", *hashes, dtype, shape, dim, num_neurons, neurons.cpu(), value.cpu())
+    value, other = (columns_of(each, dim, neurons).gather(bits_of(each)) for each in (before, after))
+    return Change("columns", *hashes, dtype, shape, dim, num_columns(shape, dim), neurons.cpu(), (value ^ other).cpu())
 
 
 def changes_between(

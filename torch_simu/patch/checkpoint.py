@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torch_simu._checks import problem
 from torch_simu._hashes import sha256_of
+from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
 from torch_simu.patch.change import changes_between
@@ -182,12 +183,11 @@ def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: b
         copy.rename(out)
 
 
-def _neuron_dim(name: str, tensor: Tensor, num_neurons: int) -> int | tuple[int, ...]:
+def _neuron_dim(name: str, tensor: Tensor, num_neurons: int) -> NeuronDim:
     """What of a stored weight its neurons are: a checkpoint does not say, but their number does."""
-    options: list[int | tuple[int, ...]] = [-1, 0] if tensor.dim() == 2 else [(0, 2), (0, 1)]
+    options: list[NeuronDim] = [-1, 0] if tensor.dim() == 2 else [(0, 2), (0, 1)]
     for dim in options:
-        dims = (dim,) if isinstance(dim, int) else dim
-        if math.prod(tensor.shape[each] for each in dims) == num_neurons:
+        if num_columns(tensor.shape, dim) == num_neurons:
             return dim
     wrong = f"Tensor {name!r} of shape {tuple(tensor.shape)} has no dimension of {num_neurons} neurons"
     raise ValueError(problem(wrong, "the selection's layer", "Was the selection made on another model?"))

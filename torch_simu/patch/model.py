@@ -11,7 +11,14 @@ from torch.distributed.tensor import DTensor
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.layers import attention_projections, check_weight, neuron_dim, neuron_weight, num_neurons, select_layers
+from torch_simu.layers import (
+    attention_projections,
+    check_num_neurons,
+    check_weight,
+    neuron_dim,
+    neuron_weight,
+    select_layers,
+)
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Where
 
@@ -57,9 +64,7 @@ def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
     layers = select_layers(model, selection) if len(selection) else {}
     where = {}
     for name, layer in layers.items():
-        if num_neurons(layer) != selection.num_neurons[name]:
-            wrong = f"Layer {name!r} has {num_neurons(layer)} neurons, not {selection.num_neurons[name]}"
-            raise ValueError(problem(wrong, "the selection's", "Was the selection made on another model?"))
+        check_num_neurons(name, layer, selection.num_neurons[name])
         check_weight(name, layer)
         weight = neuron_weight(layer)
         key = next(key for key, param in layer.named_parameters(recurse=False) if param is weight)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from torch_simu._checks import problem
 from torch_simu.attribution.methods.call import accepts
-from torch_simu.attribution.sums import NotApplicableError
+from torch_simu.attribution.methods.sums import NotApplicableError
 
 ADVICE = "Use method='prefix', which is exact and slower."
 

@@ -18,28 +18,28 @@ from torch.nn.utils.rnn import pad_sequence
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
 from torch_simu.attribution.methods.cacheable import cached, check_cacheable
 from torch_simu.attribution.methods.call import accepts, device_of
+from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
-from torch_simu.attribution.sums import LayerSum, path_sums
 
 
 def decode_sums(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
-    """Yield the exact sum of each layer over all samples of the rows.
+    """Yield the exact sum of each layer over all samples of the sequences.
 
     Args:
         model: A causal language model of transformers, frozen.
-        rows: Sequences with samples.
+        sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
 
     Raises:
-        NotApplicableError: If the model's layers do more than attention over these rows.
+        NotApplicableError: If the model's layers do more than attention over these sequences.
     """
     check_cacheable(model)
-    prefixes = _prefixes(model, rows)
+    prefixes = _prefixes(model, sequences)
     clean = path.values(prefixes.clean, prefixes.targets).double().sum().item()
     count = prefixes.ids.numel()
     per_prefix = sum(each[0].nbytes for each in (*prefixes.keys, *prefixes.values))
@@ -52,7 +52,7 @@ def decode_sums(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefixes:
-    """What the clean pass left: the samples, and for each layer the keys and values of the rows."""
+    """What the clean pass left: the samples, and for each layer the keys and values of the sequences."""
 
     model: nn.Module
     ids: Tensor
@@ -72,21 +72,22 @@ class _Prefixes:
         return index.clamp(min=0), index >= 0
 
 
-def _prefixes(model: nn.Module, rows: Sequence[Row]) -> _Prefixes:
+def _prefixes(model: nn.Module, sequences: Sequence[ScoredSequence]) -> _Prefixes:
     # Imported here, because the package itself must not need transformers.
     from transformers import DynamicCache
 
     device = device_of(model)
-    ids = pad_sequence([each.ids for each in rows], batch_first=True).to(device)
+    ids = pad_sequence([each.ids for each in sequences], batch_first=True).to(device)
     # Padding on the right is seen by no position before it; the mask keeps models from warning of it.
-    mask = pad_sequence([torch.ones_like(each.ids) for each in rows], batch_first=True).to(device)
-    row = torch.arange(len(rows)).repeat_interleave(torch.tensor([each.num_samples for each in rows])).to(device)
-    position = torch.cat([each.queries for each in rows]).to(device)
+    mask = pad_sequence([torch.ones_like(each.ids) for each in sequences], batch_first=True).to(device)
+    counts = torch.tensor([each.num_samples for each in sequences])
+    row = torch.arange(len(sequences)).repeat_interleave(counts).to(device)
+    position = torch.cat([each.queries for each in sequences]).to(device)
     cache = DynamicCache()
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
     keys, values = ([cached(layer, name, ids.shape[1]) for layer in cache.layers] for name in ("keys", "values"))
-    targets = torch.cat([each.targets for each in rows]).to(device)
+    targets = torch.cat([each.targets for each in sequences]).to(device)
     return _Prefixes(model, ids[row, position], row, position, targets, keys, values, logits[row, position])
 
 

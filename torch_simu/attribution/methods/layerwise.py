@@ -9,47 +9,47 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from torch_simu.attribution.methods.padded import PaddedRows, padded_rows
+from torch_simu.attribution.methods.padded import PaddedSequences, padded_sequences
+from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
-from torch_simu.attribution.sums import LayerSum, path_sums
 
 
 def layerwise_sums(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield an approximate sum of each layer: complete along its own path, which changes all positions together.
 
     Args:
         model: A causal language model, frozen.
-        rows: Sequences with samples.
+        sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
     """
     for name, module in layers.items():
-        yield from _together(model, rows, {name: module}, path)
+        yield from _together(model, sequences, {name: module}, path)
 
 
 def joint_sums(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield a rough sum of each layer, all on one path; the error reported for each is that of all together.
 
     Args:
         model: A causal language model, frozen.
-        rows: Sequences with samples.
+        sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
     """
-    yield from _together(model, rows, layers, path)
+    yield from _together(model, sequences, layers, path)
 
 
 def _together(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
     sums: list[dict[str, LayerSum]] = []
-    for padded in padded_rows(model, rows, path.steps):
+    for padded in padded_sequences(model, sequences, path.steps):
         clean = None
         if len(layers) > 1:
             # A layer above a scaled one sees its effect: each is scaled from what it gets in a clean pass.
@@ -63,7 +63,7 @@ def _together(
 def _values(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    padded: PaddedRows,
+    padded: PaddedSequences,
     clean: Mapping[str, Site] | None,
     path: Path,
     alphas: list[float],

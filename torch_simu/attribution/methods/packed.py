@@ -1,15 +1,15 @@
 r"""Exact attribution of many samples per pass: clean keys and values are cached, every sample is one query.
 
 A sample changes one layer at the last position of its prefix, so all later layers read clean keys and values before it.
-One clean pass caches them; then the query of a sample sees the clean keys of its own row before it, and itself:
+One clean pass caches them; then the query of a sample sees the clean keys of its own sequence before it, and itself:
 
-$$\text{visible}(q, k) = [\text{row}_k = \text{row}_q] \; [\text{position}_k < \text{position}_q], \qquad
+$$\text{visible}(q, k) = [\text{sequence}_k = \text{sequence}_q] \; [\text{position}_k < \text{position}_q], \qquad
 \text{visible}(q, q) = 1,$$
 
 and in layers with a sliding window or with chunks only what those leave of it.
 
-Rows are packed one behind the other, so nothing is padded. Below the changed layer all path points are equal: there one
-stream runs, which that layer's input turns into one stream per path point.
+Sequences are packed one behind the other, so nothing is padded. Below the changed layer all path points are equal:
+there one stream runs, which that layer's input turns into one stream per path point.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from torch_simu._checks import problem
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
 from torch_simu.attribution.methods.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
 from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.methods.sums import LayerSum, NotApplicableError, path_sums
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
-from torch_simu.attribution.sums import LayerSum, NotApplicableError, path_sums
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
 def packed_sums(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
-    """Yield the exact sum of each layer over all samples of the rows.
+    """Yield the exact sum of each layer over all samples of the sequences.
 
     Args:
         model: A causal language model of transformers, frozen.
-        rows: Sequences with samples.
+        sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
 
     Raises:
-        NotApplicableError: If the model's layers do more than full attention over these rows.
+        NotApplicableError: If the model's layers do more than full attention over these sequences.
     """
     check_cacheable(model)
     check_masks(model)
-    pack = _pack(model, rows, layers)
+    pack = _pack(model, sequences, layers)
     clean = path.values(pack.clean[0], pack.targets).double().sum().item()
     count = pack.queries.numel()
     sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, pack.cache_bytes, bytes_per_token(model))
@@ -67,11 +67,11 @@ class _CacheLayer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pack:
-    """Rows one behind the other, and what the clean pass left."""
+    """Sequences one behind the other, and what the clean pass left."""
 
     model: nn.Module
     ids: Tensor
-    row: Tensor
+    sequence: Tensor
     position: Tensor
     queries: Tensor
     targets: Tensor
@@ -83,14 +83,14 @@ class _Pack:
 
     def mask(self, queries: Tensor, kind: str) -> Tensor:
         """Which of all clean keys, then of the queries themselves, each query sees in layers of a kind."""
-        before = _seen(self.row, self.position, queries, kind, self.windows)
+        before = _seen(self.sequence, self.position, queries, kind, self.windows)
         before &= self.position < self.position[queries, None]
         own = torch.eye(queries.numel(), dtype=torch.bool, device=queries.device)
         return torch.cat([before, own], dim=1)
 
 
-def _seen(row: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Mapping[str, int]) -> Tensor:
-    same = row[queries, None] == row
+def _seen(sequence: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Mapping[str, int]) -> Tensor:
+    same = sequence[queries, None] == sequence
     if kind == "sliding_attention":
         return same & (position[queries, None] - position < windows[kind])
     if kind == "chunked_attention":
@@ -98,18 +98,19 @@ def _seen(row: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Ma
     return same
 
 
-def _pack(model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> _Pack:
+def _pack(model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module]) -> _Pack:
     # Imported here, because the package itself must not need transformers.
     from transformers import DynamicCache
 
     device = device_of(model)
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(each) for each in sequences])
     starts = lengths.cumsum(0) - lengths
-    ids = torch.cat([row.ids for row in rows]).to(device)
-    index = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
-    position = torch.cat([torch.arange(len(row)) for row in rows]).to(device)
-    queries = torch.cat([row.queries + start for row, start in zip(rows, starts.tolist(), strict=True)]).to(device)
-    targets = torch.cat([row.targets for row in rows]).to(device)
+    ids = torch.cat([sequence.ids for sequence in sequences]).to(device)
+    index = torch.arange(len(sequences)).repeat_interleave(lengths).to(device)
+    position = torch.cat([torch.arange(len(sequence)) for sequence in sequences]).to(device)
+    shifted = [each.queries + start for each, start in zip(sequences, starts.tolist(), strict=True)]
+    queries = torch.cat(shifted).to(device)
+    targets = torch.cat([each.targets for each in sequences]).to(device)
     cache = DynamicCache()
     windows, everything = windows_of(model), torch.arange(len(ids), device=device)
 
@@ -150,7 +151,7 @@ def _stream_values(
 ) -> tuple[Tensor, dict[str, Site]]:
     """Return F of each path point and query, and the scaled layer."""
     queries, targets = pack.queries[part], pack.targets[part]
-    # A layer that sees rows and tokens as one dimension cannot turn one stream into several.
+    # A layer that sees streams and tokens as one dimension cannot turn one stream into several.
     streams = len(alphas) if pack.ranks.get(name) == 2 else 1
     site = Site(name, module, streams, queries.numel(), alphas, lambda whole: whole[0], lambda leaf, _: leaf)
     with site.scaled():

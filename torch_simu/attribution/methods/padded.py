@@ -1,4 +1,4 @@
-"""PaddedRows: rows of similar length side by side, for methods that scale all positions."""
+"""PaddedSequences: sequences of similar length side by side, for methods that scale all positions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
 from torch_simu.attribution.methods.call import device_of
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PaddedRows:
-    """Rows padded on the right, which a causal model's earlier positions never see.
+class PaddedSequences:
+    """Sequences padded on the right, which a causal model's earlier positions never see.
 
     Attributes:
-        ids: Token ids, 0 at padding. Shape: `(num_rows, length)`.
+        ids: Token ids, 0 at padding. Shape: `(num_sequences, length)`.
         row: Row of each sample. Shape: `(num_samples,)`.
         query: Last position of each sample's prefix. Shape: `(num_samples,)`.
         targets: Shape: `(num_samples,)`.
@@ -39,19 +39,19 @@ class PaddedRows:
         return path.values(logits.reshape(streams, *self.ids.shape, -1)[:, self.row, self.query], self.targets)
 
 
-def padded_rows(model: nn.Module, rows: Sequence[Row], steps: int) -> Iterator[PaddedRows]:
-    """Yield the rows in groups that fit into one pass with as many path points as possible."""
+def padded_sequences(model: nn.Module, sequences: Sequence[ScoredSequence], steps: int) -> Iterator[PaddedSequences]:
+    """Yield the sequences in groups that fit into one pass with as many path points as possible."""
     device = device_of(model)
     tokens = max(1, byte_budget(model) // bytes_per_token(model))
-    longest = max(map(len, rows))
+    longest = max(map(len, sequences))
     size = max(1, tokens // (steps * longest))
-    for start in range(0, len(rows), size):
-        group = rows[start : start + size]
-        index = torch.arange(len(group)).repeat_interleave(torch.tensor([row.num_samples for row in group]))
-        yield PaddedRows(
-            pad_sequence([row.ids for row in group], batch_first=True).to(device),
+    for start in range(0, len(sequences), size):
+        group = sequences[start : start + size]
+        index = torch.arange(len(group)).repeat_interleave(torch.tensor([sequence.num_samples for sequence in group]))
+        yield PaddedSequences(
+            pad_sequence([sequence.ids for sequence in group], batch_first=True).to(device),
             index.to(device),
-            torch.cat([row.queries for row in group]).to(device),
-            torch.cat([row.targets for row in group]).to(device),
+            torch.cat([sequence.queries for sequence in group]).to(device),
+            torch.cat([sequence.targets for sequence in group]).to(device),
             Chunks(max(1, min(steps + 2, tokens // (len(group) * longest))), 1),
         )

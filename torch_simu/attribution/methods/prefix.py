@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
 from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
-from torch_simu.attribution.sums import LayerSum, path_sums
 
 
 def prefix_sums(
-    model: nn.Module, rows: Sequence[Row], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
 ) -> Iterator[tuple[str, LayerSum]]:
-    """Yield the exact sum of each layer over all samples of the rows, for any causal model.
+    """Yield the exact sum of each layer over all samples of the sequences, for any causal model.
 
     Args:
         model: A causal language model, frozen; only `input_ids` is passed to it.
-        rows: Sequences with samples. Prefixes of equal length share a pass.
+        sequences: Sequences with samples. Prefixes of equal length share a pass.
         layers: Name -> module.
         path: Objective and path points.
     """
     tokens = max(1, byte_budget(model) // bytes_per_token(model))
     for name, module in layers.items():
         sums = []
-        for ids, targets in prefixes(rows, device_of(model)):
+        for ids, targets in prefixes(sequences, device_of(model)):
             count, length = ids.shape
             values = partial(_prefix_values, model, name, module, ids, targets, path)
             points = max(1, min(path.steps + 2, tokens // (count * length)))
@@ -39,12 +39,12 @@ def prefix_sums(
         yield name, sum(sums[1:], start=sums[0])
 
 
-def prefixes(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def prefixes(sequences: Sequence[ScoredSequence], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all prefixes, those of equal length together, as ids `(num_prefixes, length)` and targets."""
     groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for row in rows:
-        for query, target in zip(row.queries.tolist(), row.targets, strict=True):
-            groups.setdefault(query + 1, []).append((row.ids[: query + 1], target))
+    for sequence in sequences:
+        for query, target in zip(sequence.queries.tolist(), sequence.targets, strict=True):
+            groups.setdefault(query + 1, []).append((sequence.ids[: query + 1], target))
     for length in sorted(groups):
         ids, targets = zip(*groups[length], strict=True)
         yield torch.stack(ids).to(device), torch.stack(targets).to(device)

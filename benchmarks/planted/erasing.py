@@ -6,9 +6,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from planting import Planted, knowledge
 from transformers import PreTrainedModel
 
+from benchmarks.planted.planting import Planted, knowledge
 from torch_simu import NeuronSelection
 from torch_simu.layers import select_layers
 from torch_simu.unlearning.config import UnlearnConfig

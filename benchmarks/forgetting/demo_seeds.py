@@ -1,6 +1,6 @@
 """Run the demo on several seeds and record every method's row.
 
-Usage: python benchmarks/demo_seeds.py --seeds 0 1 2
+Usage: python -m benchmarks.forgetting.demo_seeds --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from results import command, environment, write_result
 
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.demo.demo import DemoRecipe, run_demo
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo_cpu_202611.json")
     parser.add_argument("--topic-share", type=float, help="see make_corpus; at 0.5 the forget people have no topic")
     parser.add_argument("--plots", type=Path, help="folder for the report and plots of the first seed")
     options = parser.parse_args()

@@ -3,7 +3,7 @@
 The scores differ in the objective (log-likelihood, probability, or the paper's literal loss), in the path (exact, or
 one step at the clean activation) and in the contrast with the retain set. Also, how far the top neurons of two halves
 of the forget set are the same.
-Usage: python benchmarks/knockout.py --seeds 0 1 2
+Usage: python -m benchmarks.planted.knockout --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from results import command, environment, write_result
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import NeuronSelection, attribute_neurons, register_neuron_hooks
 from torch_simu.attribution import Attribution
 from torch_simu.layers import down_projections, neuron_weight
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "knockout_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "knockout_cpu_202611.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     write_result(

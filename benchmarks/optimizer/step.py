@@ -2,7 +2,7 @@
 
 Every peer runs in a process of its own: what an earlier one left in the allocator changes the time of large temporary
 tensors two- to threefold.
-Usage: python benchmarks/optimizer_step.py [--sizes bar demo olmo_1b llama2_7b] [--repeats 20] [--threads 1]
+Usage: python -m benchmarks.optimizer.step [--sizes bar demo olmo_1b llama2_7b] [--repeats 20] [--threads 1]
 On CUDA (--device cuda) steps are timed by events, and whole models are taken.
 """
 
@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from optimizer_peers import FOREIGN, PEERS, SIZES, Problem, Step, limits
-from results import command, environment, write_result
+
+from benchmarks.optimizer.peers import FOREIGN, PEERS, SIZES, Problem, Step, limits
+from benchmarks.results import RESULTS, command, environment, write_result
 
 
 def timed(step: Step, repeats: int, device: str) -> list[float]:
@@ -59,7 +60,7 @@ def measured(name: str, fraction: float, options: argparse.Namespace) -> list[di
     shared = [f"--{key}={getattr(options, key)}" for key in ("device", "dtype", "repeats", "threads")]
     rows = []
     for peer in (*PEERS, "limits"):
-        call = [sys.executable, __file__, *shared, "--alone", name, str(fraction), peer]
+        call = [sys.executable, "-m", __spec__.name, *shared, "--alone", name, str(fraction), peer]
         done = subprocess.run(call, capture_output=True, text=True, check=False)
         if done.returncode:
             # Some peers do not run everywhere, which is a result; what is ours must.
@@ -102,7 +103,7 @@ def main() -> None:
         for ours in ("simu", "simu_compact")
         if (key := (size, fraction, ours)) in medians and label != ours
     ]
-    out = options.out or Path(__file__).parent / "results" / f"optimizer_step_{options.device}_202611.json"
+    out = options.out or RESULTS / f"optimizer_step_{options.device}_202611.json"
     write_result(
         out,
         force=options.force,

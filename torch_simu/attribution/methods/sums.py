@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from torch_simu.attribution.methods.budget import Chunks
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
+from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
 
-Method = Callable[[nn.Module, Sequence[Row], Mapping[str, nn.Module], Path], Iterator[tuple[str, "LayerSum"]]]
+Method = Callable[
+    [nn.Module, Sequence[ScoredSequence], Mapping[str, nn.Module], Path], Iterator[tuple[str, "LayerSum"]]
+]
 """A way to attribute: from model, rows, layers and path to one sum per layer, in the order of the layers."""
 
 
@@ -28,14 +30,14 @@ class LayerSum:
 
     Attributes:
         scores: Attribution of each neuron, in units of the objective. Shape: `(num_neurons,)`, float64 on the CPU.
-        error: Sum of the scores minus the change of the objective along the path.
+        completeness_error: Sum of the scores minus the change of the objective along the path.
     """
 
     scores: Tensor
-    error: float
+    completeness_error: float
 
     def __add__(self, other: LayerSum) -> LayerSum:
-        return LayerSum(self.scores + other.scores, self.error + other.error)
+        return LayerSum(self.scores + other.scores, self.completeness_error + other.completeness_error)
 
 
 def path_sums(

@@ -3,7 +3,7 @@
 Beside them captum's nearest method, integrated gradients of a layer's input (all positions at once, as "layerwise"),
 and one-step gradient x activation by hooks. In the same run, what hooks add to a forward and backward pass of that
 model.
-Usage: python benchmarks/attribution.py [--force] [--repeats 5] [--threads 1]
+Usage: python -m benchmarks.speed.attribution [--force] [--repeats 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hooks
 import torch
 from captum.attr import LayerIntegratedGradients
-from results import command, environment, write_result
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.results import RESULTS, command, environment, write_result
+from benchmarks.speed import hooks
 from torch_simu import attribute_neurons, register_neuron_hooks
 from torch_simu.attribution.attribute import MethodName
 from torch_simu.layers import down_projections
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attribution_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "attribution_cpu_202611.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = rows_of(options.seed, options.repeats)

@@ -1,7 +1,7 @@
 """Measure the memory of SIMUOptimizer and of its peers: bytes of state, and the peak of a step.
 
 Every peer runs in a process of its own, whose peak is read from the system (or from the device's allocator).
-Usage: python benchmarks/optimizer_memory.py [--sizes bar demo olmo_1b llama2_7b]
+Usage: python -m benchmarks.optimizer.memory [--sizes bar demo olmo_1b llama2_7b]
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from optimizer_peers import PEERS, SIZES, Problem, state_bytes
-from results import command, environment, write_result
+
+from benchmarks.optimizer.peers import PEERS, SIZES, Problem, state_bytes
+from benchmarks.results import RESULTS, command, environment, write_result
 
 
 def resident(field: str) -> int:
@@ -83,7 +84,17 @@ def main() -> None:
     for name in options.sizes:
         for fraction in options.fractions:
             for peer in PEERS:
-                call = [sys.executable, __file__, "--device", options.device, "--alone", name, str(fraction), peer]
+                call = [
+                    sys.executable,
+                    "-m",
+                    __spec__.name,
+                    "--device",
+                    options.device,
+                    "--alone",
+                    name,
+                    str(fraction),
+                    peer,
+                ]
                 done = subprocess.run(call, capture_output=True, text=True, check=False)
                 row = {"size": name, "fraction": fraction, "optimizer": peer}
                 if done.returncode:
@@ -93,7 +104,7 @@ def main() -> None:
                     row["state_ratio"] = round(row["state_bytes"] / row["bytes_of_two_compact_moments"], 4)
                 rows.append(row)
                 sys.stderr.write(f"{row}\n")
-    out = options.out or Path(__file__).parent / "results" / f"optimizer_memory_{options.device}_202611.json"
+    out = options.out or RESULTS / f"optimizer_memory_{options.device}_202611.json"
     write_result(
         out,
         force=options.force,

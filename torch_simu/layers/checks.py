@@ -1,4 +1,4 @@
-"""The door: which layers can be worked on, and what the others are told."""
+"""The door: what a layer must be before it is worked on, and what the others are told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torch_simu._checks import problem
-from torch_simu.layers.kinds import is_fused_experts, is_neuron_layer, kind_of, neuron_dim
+from torch_simu.layers.kinds import is_fused_experts, is_neuron_layer, kind_of, neuron_dim, num_neurons
 
 _KNOWN = ("torch.nn.modules.linear", "transformers.pytorch_utils", "bitsandbytes.", "torch_simu.")
 _LOAD = (
@@ -78,6 +78,28 @@ def check_weight(name: str, layer: nn.Module) -> None:
         raise ValueError(problem(wrong, "data", advice))
     if is_neuron_layer(layer) and not _computes_its_weight(layer, weight):
         raise TypeError(problem(f"{what} computes something else than its weight says", "nn.Linear or Conv1D", _LOAD))
+
+
+def check_num_neurons(name: str, layer: nn.Module, counted: int) -> None:
+    """Raise when a layer has another number of neurons than its selection counts.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if (size := num_neurons(layer)) != counted:
+        wrong = f"Layer {name!r} has {size} neurons, the selection counts {counted}"
+        raise ValueError(problem(wrong, "the same model", "Was the selection made on another model?"))
+
+
+def check_unshared(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Raise when another layer of the model has the same weight.
+
+    Raises:
+        ValueError: If one has.
+    """
+    for other, module in model.named_modules():
+        if other != name and any(param is weight for param in module.parameters(recurse=False)):
+            raise ValueError(problem(f"Layers {name!r} and {other!r} share one weight", "a weight per layer"))
 
 
 def _is_foreign(weight: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Train a small model on TOFU rows, make it forget forget01 (40 rows) as `torch-simu unlearn` does, say what it kept.
 
 The model memorizes forget01, 160 retain rows and 117 world facts; world facts are in no batch of the unlearning. Needs
-the folder of TOFU's rows. Usage: python benchmarks/tofu.py --data ../shared/data/tofu --work tofu-work
+the folder of TOFU's rows. Usage: python -m benchmarks.forgetting.tofu --data tofu --work tofu-work
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from results import environment, write_result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.cli.jobs import unlearn_job
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import encode
@@ -90,11 +90,11 @@ def plot(work: Path, seed: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/tofu"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's rows")
     parser.add_argument("--work", type=Path, required=True, help="folder for the model and the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tofu_forget01_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tofu_forget01_cpu_202611.json")
     parser.add_argument("--plot", type=Path, help="PNG of the first seed's curves")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -116,7 +116,7 @@ def main() -> None:
     write_result(
         options.out,
         claim="torch-simu unlearn forgets TOFU forget01 in a small model trained on TOFU rows and keeps the others.",
-        command="python benchmarks/tofu.py --data ../shared/data/tofu --work tofu-work",
+        command=command(),
         environment=environment(),
         seeds=options.seeds,
         rows=rows,

@@ -4,7 +4,7 @@ Held: eight blocks of a float up and an 8-bit down projection under non-reentran
 bytes alive between forward and backward, with bitsandbytes' own layers and with a delta on each. Trained: gradient and
 optimizer bytes by the share of neurons. Time: forward and backward of float down projections with deltas, beside a
 gradient of the whole weight that is masked.
-Usage: python benchmarks/deltas.py [--repeats 15] [--threads 1]
+Usage: python -m benchmarks.speed.deltas [--repeats 15] [--threads 1]
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from hooks import LiveBytes
-from optimizer_peers import state_bytes
-from results import command, environment, write_result
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.optimizer.peers import state_bytes
+from benchmarks.results import RESULTS, command, environment, write_result
+from benchmarks.speed.live_bytes import LiveBytes
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas
 
 D_MODEL, D_FF, BLOCKS, TOKENS = 512, 2048, 8, 4096
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deltas_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "deltas_cpu_202611.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

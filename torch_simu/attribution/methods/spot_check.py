@@ -11,9 +11,9 @@ from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu.attribution.methods.prefix import prefix_sums
+from torch_simu.attribution.methods.sums import Method, NotApplicableError
 from torch_simu.attribution.path import Path
-from torch_simu.attribution.rows import Row
-from torch_simu.attribution.sums import Method, NotApplicableError
+from torch_simu.attribution.sequences import ScoredSequence
 
 _TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float64: 1e-8, torch.float32: 1e-3})
 _LOW_PRECISION_TOLERANCE = 0.1
@@ -21,7 +21,7 @@ _LOW_PRECISION_TOLERANCE = 0.1
 
 def fastest_exact(
     model: nn.Module,
-    rows: Sequence[Row],
+    sequences: Sequence[ScoredSequence],
     layers: Mapping[str, nn.Module],
     path: Path,
     candidates: Mapping[str, Method],
@@ -34,7 +34,7 @@ def fastest_exact(
 
     Args:
         model: A causal language model, frozen.
-        rows: Sequences with samples.
+        sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
         candidates: Name -> method, the fastest first.
@@ -43,14 +43,14 @@ def fastest_exact(
         UserWarning: If no candidate agrees, or one that applies does not; the message names the model and each
             candidate's error.
     """
-    few_rows, few_layers = _few(rows, layers)
+    few_sequences, few_layers = _few(sequences, layers)
     few_path = Path(path.objective, path.rule, 2)
-    expected = {name: found.scores for name, found in prefix_sums(model, few_rows, few_layers, few_path)}
+    expected = {name: found.scores for name, found in prefix_sums(model, few_sequences, few_layers, few_path)}
     problems: dict[str, bool] = {}
     chosen = "prefix"
     for name, method in candidates.items():
         try:
-            found = {layer: sums.scores for layer, sums in method(model, few_rows, few_layers, few_path)}
+            found = {layer: sums.scores for layer, sums in method(model, few_sequences, few_layers, few_path)}
         except NotApplicableError as error:
             problems[f"{name} does not apply ({error})"] = False
             continue
@@ -70,22 +70,24 @@ def fastest_exact(
     return chosen
 
 
-def _few(rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> tuple[list[Row], dict[str, nn.Module]]:
-    """Return two rows with two samples each, the longest row among them, and the first and another layer."""
+def _few(
+    sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module]
+) -> tuple[list[ScoredSequence], dict[str, nn.Module]]:
+    """Return two sequences with two samples each, the longest sequence among them, and the first and another layer."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int) -> int:
         return int(torch.randint(size, (), generator=generator))
 
-    chosen = [rows[-1]] if len(rows) == 1 else [rows[draw(len(rows) - 1)], rows[-1]]
-    few_rows = []
-    for row in chosen:
-        keep = torch.tensor(sorted({draw(row.num_samples), row.num_samples - 1}))
-        few_rows.append(Row(row.ids, row.queries[keep], row.targets[keep]))
+    chosen = [sequences[-1]] if len(sequences) == 1 else [sequences[draw(len(sequences) - 1)], sequences[-1]]
+    few_sequences = []
+    for sequence in chosen:
+        keep = torch.tensor(sorted({draw(sequence.num_samples), sequence.num_samples - 1}))
+        few_sequences.append(ScoredSequence(sequence.ids, sequence.queries[keep], sequence.targets[keep]))
     names = list(layers)
     # The first layer has all others above it, where a method can go wrong.
     kept = {names[0], names[draw(len(names))]}
-    return few_rows, {name: layers[name] for name in names if name in kept}
+    return few_sequences, {name: layers[name] for name in names if name in kept}
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

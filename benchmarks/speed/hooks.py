@@ -10,7 +10,7 @@ takes them again, and told to keep them. What the second does not show is the pr
 Memory is counted in a pass of its own by a dispatch mode, which follows every storage from the operation that makes it
 to its end: what autograd saves, what a hook keeps and what lives for a moment, but not the scratch space inside one
 operation.
-Usage: python benchmarks/hooks.py [--repeats 40] [--threads 1]
+Usage: python -m benchmarks.speed.hooks [--repeats 40] [--threads 1]
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from captum.attr import LayerGradientXActivation
-from results import command, environment, write_result
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.results import RESULTS, command, environment, write_result
+from benchmarks.speed.live_bytes import LiveBytes
 from torch_simu import register_neuron_hooks
 from torch_simu.layers import down_projections
 
@@ -46,32 +44,6 @@ ALLOCATORS = {
 Scores = dict[str, Tensor]
 Pass = Callable[[Callable[[], None]], Scores]
 """A forward and a backward, given what is called between them."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # What was there before is not counted.
-        old = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in old | self._known:
-                storage = leaf.untyped_storage()
-                self._known.add(id(storage))
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._end, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _end(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 class Task:
@@ -254,7 +226,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hooks_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "hooks_cpu_202611.json")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone is not None:
@@ -263,7 +235,7 @@ def main() -> None:
     rows = []
     for allocator, settings in ALLOCATORS.items():
         for parameters in ("trained", "frozen"):
-            call = [sys.executable, __file__, *sys.argv[1:], "--alone", allocator, parameters]
+            call = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--alone", allocator, parameters]
             done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **settings})
             rows += json.loads(done.stdout)
     torch.set_num_threads(options.threads)

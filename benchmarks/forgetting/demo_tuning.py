@@ -2,7 +2,7 @@
 
 A try is better when the model has kept more of the retain set (EM, mean over the seeds) at the moment the forget target
 is reached; world facts are not looked at. The curvature scale says nothing to AdamW, which gets eight rates instead.
-Usage: python benchmarks/demo_tuning.py --seeds 10 11 12 13
+Usage: python -m benchmarks.forgetting.demo_tuning --seeds 10 11 12 13
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from results import command, environment, write_result
 
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.config import METHODS
 from torch_simu.unlearning.demo.demo import DemoRecipe, forget_by, make_fiction, train_base
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_tuning_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo_tuning_cpu_202611.json")
     options = parser.parse_args()
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(chain.from_iterable(pool.map(tried, options.seeds)))

@@ -1,8 +1,8 @@
 """Plant facts in known columns, then say how well each score finds them, and what a better mask is worth.
 
 Rules of selection are chosen on other seeds than the reported ones: `--seeds 10 11 12 --scores-only` writes them.
-Usage: python benchmarks/planted.py --seeds 0 1 2 3 4
-       python benchmarks/planted.py --plot docs/images/planted.png
+Usage: python -m benchmarks.planted.planted --seeds 0 1 2 3 4
+       python -m benchmarks.planted.planted --plot docs/images/planted.png
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from column_scores import RULES, Scores, auc, every_score
-from erasing import ERASING, RELEARN_BATCH, RELEARN_LR, RELEARN_STEPS, erased, recovery, zeroed
-from planting import Planted, PlantingRecipe, knowledge, norm_ratio, plant
-from results import command, environment, write_result
 from torch import Tensor
 
+from benchmarks.planted.column_scores import RULES, Scores, auc, every_score
+from benchmarks.planted.erasing import ERASING, RELEARN_BATCH, RELEARN_LR, RELEARN_STEPS, erased, recovery, zeroed
+from benchmarks.planted.planting import Planted, PlantingRecipe, knowledge, norm_ratio, plant
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import NeuronSelection
 from torch_simu.attribution import Attribution
 
-RESULTS = Path(__file__).parent / "results"
 TUNING = RESULTS / "planted_tuning_cpu_202611.json"
 CLAIM = (
     "Exact attribution finds planted columns with a mean AUC of at least 0.95 and better than every other method, and "
@@ -227,7 +226,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the result file and do nothing else")
     options = parser.parse_args()
     if options.plot is not None:
-        from planted_plot import plot_planted
+        from benchmarks.planted.plot import plot_planted
 
         return plot_planted(
             json.loads(options.out.read_text()), json.loads(TUNING.read_text())["best_rules"], options.plot

@@ -1,4 +1,4 @@
-"""Row: one sequence without padding, and its scored positions."""
+"""ScoredSequence: one sequence without padding, and its scored positions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
-
-_IGNORED = -100
+from torch_simu.curvature import IGNORED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Row:
+class ScoredSequence:
     """One sequence and its samples; tokens after the last sample's prefix are left out.
 
     Attributes:
@@ -34,11 +33,11 @@ class Row:
 
     @property
     def num_samples(self) -> int:
-        """How many samples the row has."""
+        """How many samples the sequence has."""
         return self.queries.numel()
 
 
-def collect_rows(batches: Iterable[Mapping[str, Tensor]]) -> list[Row]:
+def collect_sequences(batches: Iterable[Mapping[str, Tensor]]) -> list[ScoredSequence]:
     """Read the sequences of all batches, drop padding and sequences without a sample, sort by length.
 
     Raises:
@@ -46,31 +45,31 @@ def collect_rows(batches: Iterable[Mapping[str, Tensor]]) -> list[Row]:
         TypeError: If a batch is not a mapping of whole-number tensors.
         KeyError: If `input_ids` or `labels` is missing.
     """
-    rows: list[Row] = []
+    sequences: list[ScoredSequence] = []
     count = 0
     for count, batch in enumerate(batches, start=1):  # noqa: B007 (the number of batches is read below)
-        rows.extend(_rows_of(batch))
+        sequences.extend(_sequences_of(batch))
     if count == 0:
         raise ValueError(problem("There are 0 batches", "at least one", "Is `batches` an iterator that is used up?"))
-    if not rows:
+    if not sequences:
         wrong = f"None of the labels in {count} batches is scored"
         raise ValueError(problem(wrong, "at least one label other than -100 after a row's first token"))
-    return sorted(rows, key=len)
+    return sorted(sequences, key=len)
 
 
-def data_hash(rows: Iterable[Row]) -> str:
+def data_hash(sequences: Iterable[ScoredSequence]) -> str:
     """Return the sha256 of all samples; the same for any batching, padding side and amount of padding."""
     digests = []
-    for row in rows:
+    for sequence in sequences:
         digest = hashlib.sha256()
-        for part in (row.ids, row.queries, row.targets):
+        for part in (sequence.ids, sequence.queries, sequence.targets):
             digest.update(f"{part.numel()}:".encode())
             digest.update(part.numpy().tobytes())
         digests.append(digest.hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def _rows_of(batch: Mapping[str, Tensor]) -> Iterable[Row]:
+def _sequences_of(batch: Mapping[str, Tensor]) -> Iterable[ScoredSequence]:
     ids, labels, mask = _checked(batch)
     for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):
         kept = row_mask.nonzero()[:, 0]
@@ -80,9 +79,9 @@ def _rows_of(batch: Mapping[str, Tensor]) -> Iterable[Row]:
             raise ValueError(problem(f"attention_mask has a hole in {row_mask.tolist()}", "padding on one side only"))
         targets = row_labels[kept]
         # The first token has no prefix, so its label is never scored (as in transformers).
-        scored = (targets[1:] != _IGNORED).nonzero()[:, 0]
+        scored = (targets[1:] != IGNORED).nonzero()[:, 0]
         if scored.numel():
-            yield Row(row_ids[kept][: int(scored[-1]) + 1], scored, targets[1:][scored])
+            yield ScoredSequence(row_ids[kept][: int(scored[-1]) + 1], scored, targets[1:][scored])
 
 
 def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +105,8 @@ def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(problem(f"The shapes are {shapes}", "the same (batch, length) for all"))
     if ((mask != 0) & (mask != 1)).any():
         raise ValueError(problem(f"attention_mask holds {sorted(set(mask.flatten().tolist()))}", "0 and 1 only"))
-    if (wrong := labels[(labels < 0) & (labels != _IGNORED)]).numel():
+    if (wrong := labels[(labels < 0) & (labels != IGNORED)]).numel():
         raise ValueError(problem(f"labels hold {int(wrong[0])}", "token ids, or -100 where nothing is scored"))
-    if ((labels != _IGNORED) & (mask == 0)).any():
+    if ((labels != IGNORED) & (mask == 0)).any():
         raise ValueError(problem("labels score padding", "-100 wherever attention_mask is 0"))
     return ids, labels, mask

@@ -4,7 +4,7 @@ The demo's model forgets by first- and second-order GradDiff and by SIMU in floa
 codes, where the change stays in 32 bits beside the codes. Beside them the model before, and one that never saw the
 forget set. Then each, as one float model, is rounded as a whole (8 bits per row, or NF4), or relearns with AdamW on all
 weights: from a third of the forget people, whose rows are not measured, or from people that no model has seen.
-Usage: python benchmarks/robustness.py --seeds 0 1 2
+Usage: python -m benchmarks.forgetting.robustness --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from statistics import mean
 
 import bitsandbytes as bnb
 import torch
-from results import command, environment, write_result
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.bitsandbytes.layers import eight_bit_codes, is_4bit
 from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.deltas import attached_layers
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an older result file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "robustness_cpu_202611.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "robustness_cpu_202611.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report: Callable[[dict], object] = lambda row: sys.stderr.write(  # noqa: E731

@@ -1,0 +1,1 @@
+"""What is forgotten and kept, of the demo and of TOFU, and what comes back."""

@@ -1,0 +1,1 @@
+"""Time and memory of attribution, hooks and deltas."""
