@@ -4,16 +4,21 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 VENV ?= .venv
 OUT ?= simu-demo
 PYTEST_ARGS ?= -n auto
+# What says that PYTEST_ARGS asks for some of the tests; the coverage that is asked of all is not asked of them.
+SOME_TESTS := $(filter tests% ./tests% torch_simu% ./torch_simu% /% -k% -m% --lf --last-failed,$(PYTEST_ARGS))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test some-tests check docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/torch-simu demo --out $(OUT) --force $(DEMO_ARGS)
 
-test: check
+test: $(if $(SOME_TESTS),some-tests,check)
+
+some-tests: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,14 +1,17 @@
-"""Result files: what was claimed, how it was run, on what, and every repeat."""
+"""Result files: what was claimed, what of it holds, how it was run, on what, and every repeat."""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from benchmarks.verdicts.claims import CLAIMS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,9 +32,15 @@ def command() -> str:
     return " ".join(["python -m", sys.modules["__main__"].__spec__.name, *words])
 
 
-def write_result(path: Path, *, force: bool = False, **content: object) -> None:
-    """Write a result file; an older one stays unless `force` is given."""
+def write_result(path: Path, *, claim: str, force: bool = False, **content: object) -> None:
+    """Write a result file with its verdict on a claim; an older one stays unless `force` is given."""
     if path.exists() and not force:
         raise SystemExit(f"{path.name} exists; give another --out, or --force to replace it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(as_text(claim, content))
+
+
+def as_text(claim: str, content: Mapping[str, object]) -> str:
+    """The text of a result file: the claim in words, what its rows say of it, and the rest."""
+    known = CLAIMS[claim]
+    return json.dumps({"claim": known.text, "verdict": known.verdict(content), **content}, indent=1) + "\n"

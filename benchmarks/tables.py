@@ -177,7 +177,24 @@ def planted_masks() -> Iterator[str]:
         yield f"| {' '.join(row['mask'].split('_'))} | {' | '.join(cells)} |"
 
 
+def verdicts() -> Iterator[str]:
+    """What of each claim its rows bear out, and the figures of the parts that they deny."""
+    yield "| result | claim holds | parts that hold | parts that fail: measured, and what the claim needs |"
+    yield "|---|---|---|---|"
+    for path in sorted(RESULTS.glob("*.json")):
+        verdict = json.loads(path.read_text())["verdict"]
+        held = [part["holds"] for part in verdict["parts"]].count(True)
+        failed = [
+            f"{part['claim']}: {part['measured']:g}, {part['needs']} {part['bar']:g}"
+            for part in verdict["parts"]
+            if part["holds"] is False
+        ]
+        holds = {True: "yes", False: "**no**"}.get(verdict["holds"], verdict["holds"])
+        yield f"| `{path.stem}` | {holds} | {held} of {len(verdict['parts'])} | {'<br>'.join(failed)} |"
+
+
 TABLES = {
+    "verdicts": verdicts,
     "demo": lambda: kept("demo"),
     "demo_no_topic": lambda: kept("demo_no_topic"),
     "tofu_forget01": lambda: kept("tofu_forget01"),

@@ -68,9 +68,9 @@ def unselected_weights_stay(
     assert torch.equal(bits(torch.where(layer.mask(), 0, param)), bits(torch.where(layer.mask(), 0, before)))
 
 
-def state_is_compact(implementation: Implementation, layer: Layer, options: Options, seed: int) -> None:
+def state_is_compact(implementation: Implementation, layer: Layer, options: Options, seed: int, **extra: Any) -> None:
     """Law 2: momentum and curvature hold as many entries as are selected, and nothing else holds any."""
-    param, optimizer = make(implementation, layer, options)
+    param, optimizer = make(implementation, layer, options, **extra)
     train(param, optimizer, seed, 0, 2)
     entries = [value for value in optimizer.state[param].values() if isinstance(value, Tensor) and value.dim()]
     assert [value.numel() for value in entries] == [layer.width * len(layer.neurons)] * 2
@@ -97,9 +97,11 @@ def steps_match_the_reference(
     torch.testing.assert_close(param.detach(), oracle.weight, rtol=1e-9, atol=1e-12)
 
 
-def steps_are_bounded(implementation: Implementation, layer: Layer, options: Options, seed: int, size: float) -> None:
+def steps_are_bounded(
+    implementation: Implementation, layer: Layer, options: Options, seed: int, size: float, **extra: Any
+) -> None:
     """Law 4, first half: without decay no entry moves farther than lr times clip."""
-    param, optimizer = make(implementation, layer, options)
+    param, optimizer = make(implementation, layer, options, **extra)
     optimizer.param_groups[0]["weight_decay"] = 0.0
     for number in range(3):
         before = param.detach().clone()

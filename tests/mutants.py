@@ -1,13 +1,24 @@
-"""Wrong implementations of the optimizer, each with one defect that was made somewhere or could easily be made."""
+"""Wrong implementations of the optimizer, each with one defect that was made somewhere or could easily be made.
+
+A class is the optimizer with another method; a function makes the wrong one from the right one that `REPLACED` names.
+"""
 
 from __future__ import annotations
 
 import math
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torch_simu import SIMUOptimizer
+from torch_simu.columns import Columns
 from torch_simu.update import round_stochastically
 
 
@@ -22,13 +33,15 @@ class DecaysEveryColumn(SIMUOptimizer):
         return super().step(closure)
 
 
-class StepsBesideTheNeurons(SIMUOptimizer):
+def steps_beside_the_neurons(original):
     """Counts neurons from one instead of zero."""
 
-    def _index(self, number, position, neurons, device):
-        group = self.param_groups[number]
-        size = group["params"][position].shape[group["neuron_dim"]]
-        return (super()._index(number, position, neurons, device) + 1) % size
+    def columns(self, group, number, position):
+        right = original(self, group, number, position)
+        size = group["params"][position].shape[right.dim]
+        return Columns(right.dim, (right.indices + 1) % size)
+
+    return columns
 
 
 class TakesTheOtherDimension(SIMUOptimizer):
@@ -50,45 +63,35 @@ class RoundsTheWholeWeight(SIMUOptimizer):
         return loss
 
 
-class KeepsDenseState(SIMUOptimizer):
+def keeps_dense_state(original):
     """Keeps a mask of the layer's shape."""
-
-    def _state_of(self, group, entry):
-        state = super()._state_of(group, entry)
-        state.setdefault("mask", torch.ones_like(entry.param))
-        return state
+    return lambda group, entry: {**original(group, entry), "mask": torch.ones_like(entry.param)}
 
 
-class KeepsAThirdMoment(SIMUOptimizer):
+def keeps_a_third_moment(original):
     """Keeps compact state that the law does not allow."""
-
-    def _state_of(self, group, entry):
-        state = super()._state_of(group, entry)
-        state.setdefault("previous", torch.zeros_like(entry.grad))
-        return state
+    return lambda group, entry: {**original(group, entry), "previous": torch.zeros_like(entry.grad)}
 
 
-class ForgetsToClip(SIMUOptimizer):
+def forgets_to_clip(original):
     """Takes the full Newton step."""
-
-    def _step_group(self, group, entries, finite):
-        super()._step_group({**group, "clip": math.inf}, entries, finite)
+    return lambda group, *rest: original({**group, "clip": math.inf}, *rest)
 
 
-class DecaysWithoutTheStepSize(SIMUOptimizer):
+def decays_without_the_step_size(original):
     """Multiplies the weight by one minus the decay."""
-
-    def _step_group(self, group, entries, finite):
-        super()._step_group({**group, "weight_decay": group["weight_decay"] / group["lr"]}, entries, finite)
+    return lambda group, *rest: original({**group, "weight_decay": group["weight_decay"] / group["lr"]}, *rest)
 
 
-class UpdatesMomentumTwice(SIMUOptimizer):
+def updates_momentum_twice(original):
     """Updates the momentum twice per step, as SOUL does."""
 
-    def _step_group(self, group, entries, finite):
-        for entry in entries:
-            self._state_of(group, entry)["exp_avg"].lerp_(entry.grad, 1 - group["betas"][0])
-        super()._step_group(group, entries, finite)
+    def step(group, entries, states, finite):
+        for entry, state in zip(entries, states, strict=True):
+            state["exp_avg"].lerp_(entry.grad, 1 - group["betas"][0])
+        original(group, entries, states, finite)
+
+    return step
 
 
 class ForgetsTheBatchFactor(SIMUOptimizer):
@@ -146,25 +149,19 @@ class IsAlwaysDue(SIMUOptimizer):
     hessian_due = True
 
 
-class ForgetsTheFiniteCheck(SIMUOptimizer):
+def forgets_the_finite_check(original):
     """Steps whatever the gradient is."""
-
-    def _finite(self, entries):
-        return True
+    return lambda self, entries, groups, what: True
 
 
-class ReplacesNaNByZero(SIMUOptimizer):
+def replaces_nan_by_zero(original):
     """Steps on the finite rest of a gradient that is not finite."""
-
-    def _entries(self, number, grads=None):
-        return (entry._replace(grad=entry.grad.nan_to_num(0.0, 0.0, 0.0)) for entry in super()._entries(number, grads))
+    return lambda *given: (entry._replace(grad=entry.grad.nan_to_num(0.0, 0.0, 0.0)) for entry in original(*given))
 
 
-class SkipsInSilence(SIMUOptimizer):
+def skips_in_silence(original):
     """Does not count what it skipped."""
-
-    def _say_skipped(self, what):
-        pass
+    return property(lambda self: 0)
 
 
 class LoadsWithTheBaseClassOnly(SIMUOptimizer):
@@ -203,15 +200,55 @@ class ForgetsTheMasterWeights(SIMUOptimizer):
                 self.state[param]["master"] = param.detach().index_select(group["neuron_dim"], index).float()
 
 
-class DrawsAnotherRoundingAfterLoading(SIMUOptimizer):
+def draws_another_rounding_after_loading(original):
     """Rounds stochastically with the global generator."""
-
-    def _rounded(self, group, entry, weight):
-        return round_stochastically(weight, entry.param.dtype)
+    return lambda group, entry, weight: round_stochastically(weight, entry.param.dtype)
 
 
-class AcceptsAnotherSelection(SIMUOptimizer):
+def accepts_another_selection(original):
     """Loads whatever has as many entries."""
+    return lambda state_dict, groups: None
 
-    def _check_loadable(self, state_dict):
-        pass
+
+def decides_alone(original):
+    """Looks for non-finite gradients in the shard of its own process only."""
+    return lambda finite, entries: finite
+
+
+def steps_on_its_own_part(original):
+    """Multiplies the step by the number of processes, as if gradients were sums."""
+
+    def step(group, entries, *rest):
+        sharded = any(isinstance(entry.param, DTensor) for entry in entries)
+        original({**group, "lr": group["lr"] * (dist.get_world_size() if sharded else 1)}, entries, *rest)
+
+    return step
+
+
+REPLACED = {
+    steps_beside_the_neurons: "entries.Selected.columns",
+    keeps_dense_state: "stepping.new_state",
+    keeps_a_third_moment: "stepping.new_state",
+    forgets_to_clip: "stepping.step_entries",
+    decays_without_the_step_size: "stepping.step_entries",
+    updates_momentum_twice: "stepping.step_entries",
+    forgets_the_finite_check: "guard.Guard.passes",
+    replaces_nan_by_zero: "simu.entries_of",
+    skips_in_silence: "guard.Guard.num_stopped",
+    draws_another_rounding_after_loading: "stepping.rounded_to",
+    accepts_another_selection: "loading.check_loadable",
+    decides_alone: "guard.agreed",
+    steps_on_its_own_part: "stepping.step_entries",
+}
+"""A mutant -> the function that it replaces, in the folder of the optimizer."""
+
+
+@contextmanager
+def implementation(mutant: Any) -> Iterator[Any]:
+    """The optimizer as a mutant makes it."""
+    if mutant not in REPLACED:
+        yield mutant
+        return
+    target = f"torch_simu.optimizer.{REPLACED[mutant]}"
+    with mock.patch(target, mutant(pkgutil.resolve_name(target))):
+        yield SIMUOptimizer

@@ -32,12 +32,12 @@ def assert_killed(law: Callable[..., None], right: Any, mutant: Any, cases: list
     for case in cases:
         law(right, *case, **extra)
 
-    def all_cases():
+    def all_cases(implementation):
         for case in cases:
-            law(mutant, *case, **extra)
+            law(implementation, *case, **extra)
 
-    with pytest.raises(AssertionError):
-        all_cases()
+    with mutants.implementation(mutant) as implementation, pytest.raises(AssertionError):
+        all_cases(implementation)
 
 
 def refuses_another_selection(implementation: laws.Implementation, seed: int) -> None:
@@ -58,7 +58,7 @@ class TestOptimizer:
         [
             (mutants.DecaysEveryColumn, torch.float32),
             (mutants.DecaysEveryColumn, torch.bfloat16),
-            (mutants.StepsBesideTheNeurons, torch.float32),
+            (mutants.steps_beside_the_neurons, torch.float32),
             (mutants.TakesTheOtherDimension, torch.float32),
             (mutants.RoundsTheWholeWeight, torch.float32),
         ],
@@ -69,7 +69,7 @@ class TestOptimizer:
         cases = [(layer(seed, (0, 2)), strong, dtype, seed) for seed in SEEDS]
         assert_killed(laws.unselected_weights_stay, SIMUOptimizer, mutant, cases)
 
-    @pytest.mark.parametrize("mutant", [mutants.KeepsDenseState, mutants.KeepsAThirdMoment])
+    @pytest.mark.parametrize("mutant", [mutants.keeps_dense_state, mutants.keeps_a_third_moment])
     def test_law_2_fails_on_state_that_is_not_compact(self, mutant):
         cases = [(layer(seed), OPTIONS, seed) for seed in SEEDS]
         assert_killed(laws.state_is_compact, SIMUOptimizer, mutant, cases)
@@ -77,9 +77,9 @@ class TestOptimizer:
     @pytest.mark.parametrize(
         "mutant",
         [
-            mutants.ForgetsToClip,
-            mutants.DecaysWithoutTheStepSize,
-            mutants.UpdatesMomentumTwice,
+            mutants.forgets_to_clip,
+            mutants.decays_without_the_step_size,
+            mutants.updates_momentum_twice,
             mutants.ForgetsTheBatchFactor,
             mutants.SwapsTheBetas,
             mutants.SquaresEveryGradient,
@@ -87,7 +87,7 @@ class TestOptimizer:
             mutants.RefreshesOneIntervalLate,
             mutants.IsAlwaysDue,
             mutants.DecaysEveryColumn,
-            mutants.StepsBesideTheNeurons,
+            mutants.steps_beside_the_neurons,
         ],
     )
     def test_law_3_fails_on_steps_of_another_method(self, mutant):
@@ -106,11 +106,11 @@ class TestOptimizer:
 
     def test_law_4_fails_on_steps_that_are_not_clipped(self):
         cases = [(layer(seed), OPTIONS, seed, 1.0) for seed in SEEDS]
-        assert_killed(laws.steps_are_bounded, SIMUOptimizer, mutants.ForgetsToClip, cases)
+        assert_killed(laws.steps_are_bounded, SIMUOptimizer, mutants.forgets_to_clip, cases)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize(
-        "mutant", [mutants.ForgetsTheFiniteCheck, mutants.ReplacesNaNByZero, mutants.SkipsInSilence]
+        "mutant", [mutants.forgets_the_finite_check, mutants.replaces_nan_by_zero, mutants.skips_in_silence]
     )
     def test_law_4_fails_when_a_non_finite_gradient_goes_through(self, mutant, bad):
         cases = [(layer(seed), OPTIONS, seed, bad) for seed in SEEDS]
@@ -123,14 +123,14 @@ class TestOptimizer:
             (mutants.ForgetsTheRefreshCounter, {}),
             (mutants.RestartsTheSteps, {}),
             (mutants.ForgetsTheMasterWeights, {"master_weights": True}),
-            (mutants.DrawsAnotherRoundingAfterLoading, {"stochastic_rounding": True}),
+            (mutants.draws_another_rounding_after_loading, {"stochastic_rounding": True}),
         ],
     )
     def test_law_5_fails_when_loading_loses_something(self, mutant, extra):
         cases = [(layer(seed), OPTIONS, torch.bfloat16, seed) for seed in SEEDS]
         assert_killed(laws.reload_continues_identically, SIMUOptimizer, mutant, cases, **extra)
 
-    @pytest.mark.parametrize("mutant", [mutants.AcceptsAnotherSelection, mutants.LoadsWithTheBaseClassOnly])
+    @pytest.mark.parametrize("mutant", [mutants.accepts_another_selection, mutants.LoadsWithTheBaseClassOnly])
     def test_law_5_fails_when_another_selection_is_loaded(self, mutant):
         assert_killed(refuses_another_selection, SIMUOptimizer, mutant, [(seed,) for seed in SEEDS])
 

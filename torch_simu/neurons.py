@@ -175,12 +175,15 @@ class NeuronSelection(Mapping[str, Tensor]):
     def __reduce__(self) -> tuple[type[NeuronSelection], tuple[dict[str, tuple[int, ...]], dict[str, int]]]:
         return NeuronSelection, (self._indices, dict(self._num_neurons))
 
-    def param_groups(self, model: nn.Module, attention: Literal["full", "frozen"] = "full") -> list[dict[str, object]]:
+    def param_groups(
+        self, model: nn.Module, attention: Literal["full", "frozen"] = "frozen"
+    ) -> list[dict[str, object]]:
         """Return groups for `SIMUOptimizer`, and set `requires_grad` so that nothing else trains.
 
         Args:
             model: The model the selection was made on.
-            attention: "full" trains the attention projections whole, as in the paper; "frozen" leaves them alone.
+            attention: "frozen" leaves the attention projections alone; "full" trains them whole, which is the paper's
+                form.
 
         Returns:
             One group per layout of the weights (see `torch_simu.layers.neuron_dim`) with the keys `params`, `neurons`

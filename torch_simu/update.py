@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -131,9 +133,9 @@ def clipped_step_foreach_(
     ratios = torch._foreach_div(exp_avgs, floors)
     torch._foreach_clamp_min_(ratios, -clip)
     torch._foreach_clamp_max_(ratios, clip)
-    torch._foreach_mul_(ratios, lr)
+    torch._foreach_mul_(ratios, _like(lr, ratios[0]))
     if weight_decay != 0:
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_mul_(weights, _like(1 - lr * weight_decay, weights[0]))
     torch._foreach_sub_(weights, ratios)
 
 
@@ -171,6 +173,24 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Gen
         >>> round_stochastically(torch.ones(2), torch.bfloat16, torch.Generator().manual_seed(0))
         tensor([1., 1.], dtype=torch.bfloat16)
     """
+    return round_by(value, dtype, torch.rand(value.shape, generator=generator, device=value.device))
+
+
+def round_by(value: Tensor, dtype: torch.dtype, draw: Tensor) -> Tensor:
+    """Round float32 to a shorter float, away from the nearest one where `draw` is below the chance of that.
+
+    Args:
+        value: A float32 tensor.
+        dtype: `torch.bfloat16`, or `torch.float16`.
+        draw: Uniform in [0, 1). Shape: as `value`.
+
+    Raises:
+        ValueError: If `dtype` is another type.
+
+    Examples:
+        >>> round_by(torch.tensor([1.0, 1.0039]), torch.bfloat16, torch.zeros(2))
+        tensor([1.0000, 1.0078], dtype=torch.bfloat16)
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(problem(f"dtype is {dtype}", "torch.bfloat16 or torch.float16"))
     nearest = value.to(dtype)
@@ -179,8 +199,37 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Gen
     toward = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
     other = torch.nextafter(nearest, toward) if dtype == torch.bfloat16 else _next_half(nearest, toward)
     chance = (error / (other.float() - nearest.float())).nan_to_num(0.0)
-    draw = torch.rand(value.shape, generator=generator, device=value.device)
     return torch.where(draw < chance, other, nearest)
+
+
+def counted_uniform(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Return float32 numbers in [0, 1) that a seed on the device determines, without a generator.
+
+    Args:
+        shape: Their shape.
+        seed: An int64 scalar; each seed gives other numbers.
+
+    Examples:
+        >>> counted_uniform((3,), torch.tensor(7)).shape
+        torch.Size([3])
+    """
+    index = torch.arange(torch.Size(shape).numel(), dtype=torch.int64, device=seed.device).reshape(shape)
+    key = _mixed(seed)
+    # Twice, because the numbers of two seeds are the same ones in another order after the first time.
+    return (_mixed(_mixed(index + key) + seed) >> 8).to(torch.float32) * 2.0**-24
+
+
+def _mixed(value: Tensor) -> Tensor:
+    """Return 32 bits whose every bit depends on all of those of `value` (Mueller's integer hash)."""
+    value = value & 0xFFFFFFFF
+    for _ in range(2):
+        value = (((value >> 16) ^ value) * 0x045D9F3B) & 0xFFFFFFFF
+    return (value >> 16) ^ value
+
+
+def _like(factor: float | Tensor, tensor: Tensor) -> float | Tensor:
+    # Fused kernels take a scalar tensor of their own dtype only.
+    return factor.to(tensor.dtype) if isinstance(factor, Tensor) else factor
 
 
 def _next_half(value: Tensor, toward: Tensor) -> Tensor:

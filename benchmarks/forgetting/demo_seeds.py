@@ -44,8 +44,7 @@ def main() -> None:
         write_result(
             options.out,
             force=seed != options.seeds[0],
-            claim="At a mean forget probability of at most 0.1, SIMU keeps more of the retain set and of "
-            "the world facts (EM) than first- and second-order GradDiff on all weights.",
+            claim="demo",
             command=command(),
             environment=environment(),
             seeds=list(seconds),

@@ -76,7 +76,7 @@ def main() -> None:
     means = {method: [{**choice, "retain_em": kept(method, choice)} for choice in GRIDS[method]] for method in METHODS}
     write_result(
         options.out,
-        claim="Step size and curvature scale of the demo's methods: best of eight by retain EM at the forget target.",
+        claim="demo_tuning",
         command=command(),
         environment=environment(),
         seeds=options.seeds,

@@ -178,8 +178,7 @@ def main() -> None:
         write_result(
             options.out,
             force=options.force or number > 0,
-            claim="What was forgotten stays forgotten after rounding to 8 and 4 bits, and is relearned no faster than "
-            "by a model that never saw it.",
+            claim="robustness",
             command=command(),
             environment=environment(),
             seeds=options.seeds[: number + 1],

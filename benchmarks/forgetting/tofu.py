@@ -25,7 +25,14 @@ from torch_simu.unlearning.data.rows import load_rows
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.report.plots import plot_curves
 
-COMMON = {"retain_weight": 2.0, "forget_batch_size": 8, "retain_batch_size": 8, "max_steps": 150, "rho": 100.0}
+COMMON = {
+    "retain_weight": 2.0,
+    "forget_batch_size": 8,
+    "retain_batch_size": 8,
+    "max_steps": 150,
+    "rho": 100.0,
+    "hessian_interval": 5,
+}
 RUNS = {
     "fo_graddiff": {"lr": 1e-4},
     "so_graddiff": {"lr": 1e-4},
@@ -115,7 +122,7 @@ def main() -> None:
             sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     write_result(
         options.out,
-        claim="torch-simu unlearn forgets TOFU forget01 in a small model trained on TOFU rows and keeps the others.",
+        claim="tofu_forget01",
         command=command(),
         environment=environment(),
         seeds=options.seeds,

@@ -108,7 +108,7 @@ def main() -> None:
     write_result(
         out,
         force=options.force,
-        claim="The state of selected neurons takes at most 1.02 times two compact moments in float32.",
+        claim="optimizer_memory",
         command=command(),
         environment=environment(),
         seeds=[0],

@@ -22,6 +22,7 @@ ERASING = UnlearnConfig(
     lr=1e-3,
     rho=100.0,
     retain_weight=1.0,
+    hessian_interval=5,
     forget_batch_size=24,
     retain_batch_size=24,
     hessian_batch_size=24,

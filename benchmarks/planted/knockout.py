@@ -114,8 +114,7 @@ def main() -> None:
     write_result(
         options.out,
         force=options.force,
-        claim="Neurons that support the log-likelihood of the forget set hold it: without them it is lost. Those that "
-        "the literal loss selects are not missed.",
+        claim="knockout",
         command=command(),
         environment=environment(),
         seeds=options.seeds,

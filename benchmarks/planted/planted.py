@@ -28,10 +28,6 @@ from torch_simu import NeuronSelection
 from torch_simu.attribution import Attribution
 
 TUNING = RESULTS / "planted_tuning_cpu_202611.json"
-CLAIM = (
-    "Exact attribution finds planted columns with a mean AUC of at least 0.95 and better than every other method, and "
-    "a better mask forgets deeper: `verdict` says what of it holds."
-)
 SCORES = ("method", "objective", "rule")
 MASK_RULES = {"exact": ("exact", "prob", "contrast"), "gradient_activation": ("gradient_activation", "logprob", "raw")}
 """Found mask -> method, objective and rule: that of `Attribution.contrast`, and the best other score."""
@@ -195,19 +191,6 @@ def best_rules(summary: Sequence[Row]) -> list[Row]:
     return [{name: entry[name] for name in SCORES} for entry in best.values()]
 
 
-def verdict(summary: Sequence[Row]) -> Row:
-    """The largest mean AUC of exact attribution and of any other method, and whether the claim holds."""
-    best: dict[bool, tuple[float, list[object]]] = {}
-    for entry in summary:
-        if entry["kind"] == "scores":
-            found = entry["auc"]["mean"], [entry[name] for name in SCORES]
-            is_exact = entry["method"] == "exact"
-            best[is_exact] = max(best.get(is_exact, found), found, key=lambda pair: pair[0])
-    (ours, exact), (theirs, other) = best[True], best[False]
-    reached = {"reaches_0.95": ours >= 0.95, "beats_every_other": ours > theirs}
-    return {"exact": exact, "exact_auc": ours, "best_other": other, "best_other_auc": theirs, **reached}
-
-
 def rounded(value: object) -> object:
     """Numbers with five digits: more would be noise."""
     if isinstance(value, float):
@@ -245,14 +228,13 @@ def main() -> None:
         write_result(
             options.out,
             force=options.force or number > 0,
-            claim=CLAIM,
+            claim="planted",
             command=command(),
             environment=environment(),
             seeds=options.seeds[: number + 1],
             rows=rows,
             summary=[rounded(entry) for entry in summary],
             best_rules=best_rules(summary),
-            verdict=rounded(verdict(summary)),
             recipe=dataclasses.asdict(recipe) | {"path_steps": PATH_STEPS},
             erasing=ERASING.to_json(),
             relearning={"steps": RELEARN_STEPS, "lr": RELEARN_LR, "batch_size": RELEARN_BATCH},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.attribution.reference_attribution import lively, padded_batch, reference, sequences
 from tests.models import tiny
 from torch_simu import _files
+from torch_simu._files import load_tensors
 from torch_simu.attribution import Attribution, attribute_neurons
 from torch_simu.attribution.site import Site
 
@@ -264,7 +265,7 @@ def test_another_attribution_is_not_continued(tmp_path: Path, options: dict[str,
 def test_other_weights_or_data_are_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "partial.safetensors"
     _interrupted(path, after=6)
-    with pytest.raises(ValueError, match="was written with data"):
+    with pytest.raises(ValueError, match="was written for other data, or its key is gone"):
         attribute_neurons(lively("llama"), _batches()[:2], resume=path, method="packed")
     changed = copy.deepcopy(lively("llama"))
     with torch.no_grad():
@@ -295,4 +296,26 @@ def test_provenance_says_how_the_scores_came_about() -> None:
     assert isinstance(attribution, Attribution)
     expected = {"objective": "prob", "rule": "right", "steps": 4, "method": "packed", "model_type": "llama"}
     assert expected.items() <= attribution.provenance.items()
-    assert {len(str(attribution.provenance[key])) for key in ("model", "data")} == {64}
+    assert {len(str(attribution.provenance[key])) for key in ("model", "weights")} == {64}
+
+
+def test_provenance_tells_nothing_of_the_data() -> None:
+    one, two = (attribute_neurons(lively("llama"), [batch], method="packed") for batch in _batches()[:2])
+    assert one.provenance == two.provenance
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_partial_sums_name_their_data_under_a_key_of_their_own(tmp_path: Path) -> None:
+    """Who has the file alone cannot test guesses of the data: the same data is named in another way every time."""
+    named = []
+    for name in ("one", "two"):
+        _interrupted(tmp_path / name, after=6)
+        named.append(load_tensors(tmp_path / name, "AttributionCheckpoint")[1]["data"])
+        key = (tmp_path / f"{name}.key").read_text()
+        assert key.encode() not in (tmp_path / name).read_bytes()
+    assert named[0] != named[1] and {len(str(each)) for each in named} == {64}
+    (tmp_path / "two.key").unlink()
+    with pytest.raises(ValueError, match="its key is gone, expected the same samples. Delete the file"):
+        attribute_neurons(lively("llama"), _batches(), resume=tmp_path / "two", method="packed")
+    attribute_neurons(lively("llama"), _batches(), resume=tmp_path / "one", method="packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]

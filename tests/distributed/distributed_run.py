@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests import mutants
 from tests.attribution import distributed_attribution
 from tests.deltas import distributed_deltas
 from torch_simu import NeuronSelection, SIMUOptimizer
@@ -289,7 +290,7 @@ def a_refresh_in_shards_equals_one_process(rank: int, folder: Path) -> None:
         return model, optimizer
 
     model, optimizer = run(shard=True)
-    with mock.patch("torch_simu.unlearning.trainer.refresh._is_distributed", return_value=False):
+    with mock.patch("torch_simu.unlearning.refresh._is_distributed", return_value=False):
         assert_same(model, optimizer, *run(shard=False))
 
 
@@ -305,14 +306,6 @@ def another_selection_keeps_the_state_of_common_neurons(rank: int, folder: Path)
     assert_same(model, optimizer, single, theirs)
 
 
-class DecidesAlone(SIMUOptimizer):
-    """Looks for non-finite gradients in its own shard only."""
-
-    def _finite(self, entries):
-        with mock.patch("torch_simu.optimizer.simu.agreed", side_effect=lambda finite, entries: finite):
-            return super()._finite(entries)
-
-
 class CountsItsOwnTokens(SIMUOptimizer):
     """Scales the curvature by the tokens of one process."""
 
@@ -320,21 +313,15 @@ class CountsItsOwnTokens(SIMUOptimizer):
         super().update_hessian(num_tokens // 2, **options)
 
 
-class StepsOnItsOwnPart(SIMUOptimizer):
-    """Multiplies the step by the number of processes, as if gradients were sums."""
-
-    def _step_group(self, group, entries, finite):
-        super()._step_group({**group, "lr": group["lr"] * dist.get_world_size()}, entries, finite)
-
-
 def mutants_break_the_law(rank: int, folder: Path) -> None:
     for law, mutant in (
-        (a_bad_shard_stops_every_process, DecidesAlone),
+        (a_bad_shard_stops_every_process, mutants.decides_alone),
         (fsdp2_equals_one_process, CountsItsOwnTokens),
-        (fsdp2_equals_one_process, StepsOnItsOwnPart),
+        (fsdp2_equals_one_process, mutants.steps_on_its_own_part),
     ):
         try:
-            law(rank, folder, mutant)
+            with mutants.implementation(mutant) as implementation:
+                law(rank, folder, implementation)
         except AssertionError:
             broken = True
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.strategies import float_dtypes, normal, seeds
+from tests.strategies import float_dtypes, generator, normal, seeds
 from torch_simu import _files
-from torch_simu._files import load_tensors, replacing, save_tensors
+from torch_simu._files import check_replaceable, kind_of, load_tensors, replacing, save_tensors
 
 
 @pytest.fixture
@@ -61,6 +62,20 @@ class TestReplacing:
             temporary.write_bytes(b"new")
             monkeypatch.setattr(os, step, full)
         assert path.read_bytes() == b"old" and os.listdir(path.parent) == [path.name]
+
+    def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_block_ends(self, path, monkeypatch):
+        done = []
+        sync, rename = os.fsync, Path.replace
+
+        def note(descriptor):
+            done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", note)
+        monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), rename(self, to)))
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"new")
+        assert done == ["file", "rename", "folder"]
 
     def test_a_block_that_removes_its_file_leaves_the_old_one(self, path):
         path.write_bytes(b"old")
@@ -123,7 +138,7 @@ class TestTensors:
         }
         save_tensors(path, "Kind", tensors, {"extra": extra})
         loaded, header = load_tensors(path, "Kind")
-        assert header == {"kind": "Kind", "version": 1, "extra": extra}
+        assert header == {"kind": "Kind", "version": 2, "extra": extra}
         assert loaded.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
@@ -141,12 +156,13 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("metadata", "message"),
         [
-            (None, "has no torch_simu header, expected a torch_simu file of kind 'Kind', version 1"),
+            (None, "has no torch_simu header, expected a torch_simu file of kind 'Kind', version 2"),
             ({"format": "pt"}, "has no torch_simu header"),
             ({"torch_simu": json.dumps([1])}, "has no torch_simu header"),
             ({"torch_simu": "{"}, "is unreadable"),
             ({"torch_simu": json.dumps({"kind": "Other", "version": 1})}, "has kind 'Other', version 1"),
-            ({"torch_simu": json.dumps({"kind": "Kind", "version": 2})}, "has kind 'Kind', version 2"),
+            ({"torch_simu": json.dumps({"kind": "Kind", "version": 3})}, "has kind 'Kind', version 3"),
+            ({"torch_simu": json.dumps({"kind": "Kind", "version": 2})}, "does not have the sha256 that it names"),
             ({"torch_simu": json.dumps({})}, "has kind None, version None"),
         ],
     )
@@ -166,3 +182,71 @@ class TestTensors:
             load_tensors(path, "Kind")
         with pytest.raises(IsADirectoryError, match=r"'.*' is a folder, expected a torch_simu file of kind 'Kind'"):
             load_tensors(path.parent, "Kind")
+
+    @given(seeds)
+    def test_any_flipped_bit_is_refused(self, tmp_path_factory, seed):
+        path = tmp_path_factory.mktemp("files") / "result.bin"
+        save_tensors(path, "Kind", {"a": normal(seed, 3, 5), "b": torch.arange(7)}, {"rate": 1e-5, "name": "a/b"})
+        whole = path.read_bytes()
+        for place in torch.randint(8 * len(whole), (20,), generator=generator(seed)).tolist():
+            path.write_bytes(flipped(whole, place))
+            with pytest.raises(ValueError, match=r"File '.*result.bin' .*, expected"):
+                load_tensors(path, "Kind")
+
+    def test_a_file_is_the_same_to_the_last_byte_whenever_it_is_written(self, path):
+        tensors = {"b": torch.ones(3), "a": torch.zeros(2)}
+        save_tensors(path, "Kind", tensors, {"x": 1, "y": [2]})
+        first = path.read_bytes()
+        save_tensors(path, "Kind", dict(reversed(tensors.items())), {"y": [2], "x": 1})
+        assert path.read_bytes() == first
+
+    def test_a_header_may_have_a_checksum_of_its_own_name_inside(self, path):
+        save_tensors(path, "Kind", {}, {"nested": {"checksum": "x", "kind": "y"}})
+        assert load_tensors(path, "Kind")[1]["nested"] == {"checksum": "x", "kind": "y"}
+
+    def test_a_file_of_version_1_is_read_with_a_warning(self, path):
+        header = json.dumps({"kind": "Kind", "version": 1, "extra": 3})
+        save_file({"a": torch.ones(2)}, path, {"torch_simu": header})
+        with pytest.warns(UserWarning, match=r"result.bin' is of version 1 and has no checksum.*Save it again"):
+            tensors, found = load_tensors(path, "Kind")
+        assert torch.equal(tensors["a"], torch.ones(2)) and found["extra"] == 3
+
+    def test_version_1_is_no_way_around_the_checksum(self, path):
+        save_tensors(path, "Kind", {"a": torch.ones(2)}, {})
+        path.write_bytes(path.read_bytes().replace(b'\\"version\\": 2', b'\\"version\\": 1'))
+        with pytest.raises(ValueError, match="does not have the sha256 that it names"):
+            load_tensors(path, "Kind")
+
+    def test_the_kind_of_a_file_is_told_without_reading_it(self, path):
+        assert kind_of(path) is None
+        path.write_bytes(b"hello")
+        assert kind_of(path) is None
+        save_tensors(path, "Kind", {}, {})
+        assert kind_of(path) == "Kind"
+
+
+class TestReplaceable:
+    def test_only_an_earlier_result_is_replaced_and_only_when_asked(self, path):
+        check_replaceable(path, ours=False, force=False)
+        path.write_text("x")
+        for ours in (False, True):
+            with pytest.raises(FileExistsError, match=r"exists, expected a new file. Give another, or --force"):
+                check_replaceable(path, ours=ours, force=False)
+        with pytest.raises(FileExistsError, match=r"exists and is no earlier result, expected a new file"):
+            check_replaceable(path, ours=False, force=True)
+        check_replaceable(path, ours=True, force=True)
+        with pytest.raises(IsADirectoryError, match=r"is a folder, expected the name of a file"):
+            check_replaceable(path.parent, ours=True, force=True)
+        with pytest.raises(FileNotFoundError, match=r"The folder of .* does not exist"):
+            check_replaceable(path / "x", ours=False, force=False)
+
+    def test_a_link_that_leads_nowhere_is_something(self, path):
+        path.symlink_to(path.parent / "none")
+        with pytest.raises(FileExistsError, match=r"exists, expected a new file"):
+            check_replaceable(path, ours=False, force=False)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    changed = bytearray(content)
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.strategies import float_dtypes, normal, seeds
+from torch_simu.hooks import register_neuron_hooks
+
+Pairs = dict[str, list[Tensor]]
 
 Edge = Callable[[Tensor], Tensor]
 
@@ -102,3 +106,32 @@ def naive_capture(case: Case, number: int = 0, net: Net | None = None) -> tuple[
 
 def loss_of(out: Tensor) -> Tensor:
     return out.float().square().sum()
+
+
+def captured(net: Net, number: int = 0) -> Tensor:
+    """Activations and gradients of the down projection, by hooks."""
+    with register_neuron_hooks(net, "down", reduce=None) as hooks:
+        loss_of(net(net.case.inputs(number))).backward()
+    return hooks["down"]
+
+
+@contextmanager
+def retained(module: nn.Module, names: list[str]) -> Iterator[Pairs]:
+    """Inputs of layers and their `.grad`, which is right where nothing else uses that input."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def pre_hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].retain_grad()
+            kept[name].append(args[0])
+
+        return pre_hook
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    pairs: Pairs = {}
+    yield pairs
+    for handle in handles:
+        handle.remove()
+    for name, inputs in kept.items():
+        found = [tensor.detach() for tensor in inputs], [tensor.grad for tensor in inputs]
+        pairs[name] = [torch.cat([tensor.flatten(0, -2) for tensor in tensors]) for tensors in found]

@@ -1,4 +1,4 @@
-"""What two processes capture together, wrapped in DDP or sharded by FSDP2; started by test_hooks_scenarios.py."""
+"""What two processes capture together, wrapped in DDP or sharded by FSDP2; started by test_hooks_storage.py."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_damaged_and_changed_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match="does not have the sha256 that it names.*damaged, or was changed"):
         NeuronPatch.load(path)
-    path.write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 7'))
+    path.write_bytes(content.replace(b'\\"version\\": 2', b'\\"version\\": 7'))
     with pytest.raises(ValueError, match="has kind 'NeuronPatch', version 7"):
         NeuronPatch.load(path)
 

@@ -130,14 +130,15 @@ def attribute_neurons(
             "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "model": config_hash(model),
             "weights": weights_hash(model),
-            "data": data_hash(sequences),
         }
         configuration = {**provenance, "layers": list(layers)}
+        # Compared, and kept out of the provenance: a hash of few possible texts tells which of them it was.
+        data = data_hash(sequences)
         mine = sequences
         if group is not None:
-            mine = share_of(sequences, repr(configuration), group)
+            mine = share_of(sequences, repr((configuration, data)), group)
             configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
-        checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration)
+        checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration, data)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
         fresh = Partial(
             {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}, dict.fromkeys(layers, 0.0)

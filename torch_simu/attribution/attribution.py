@@ -11,7 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from torch_simu._checks import check_choice, check_number, problem
+from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
 from torch_simu.neurons import NeuronSelection
 
@@ -36,7 +36,7 @@ class Attribution:
         completeness_error: Layer -> the sum of the scores minus the change of the objective between zero and clean
             activation, summed over samples. A contrast has none.
         num_samples: How many samples were summed.
-        provenance: How the scores came about: objective, rule, steps, method, model and data.
+        provenance: How the scores came about: objective, rule, steps, method and model; nothing of the data.
 
     Examples:
         >>> scores = {"mlp": torch.tensor([0.1, 2.0, -3.0, 1.0], dtype=torch.float64)}
@@ -216,14 +216,21 @@ class Attribution:
             ValueError: If the file is damaged or holds something else.
         """
         tensors, header = load_tensors(path, _KIND)
-        # Files of older versions say "delta".
-        errors = header["completeness_error"] if "completeness_error" in header else header["delta"]
-        return cls(
-            {layer: tensors[layer] for layer in cast("list[str]", header["layers"])},
-            cast("dict[str, float]", errors),
-            cast("int", header["num_samples"]),
-            cast("dict[str, object]", header["provenance"]),
-        )
+        try:
+            # Files of older versions say "delta".
+            errors = header["completeness_error"] if "completeness_error" in header else header["delta"]
+            scores = {layer: tensors[layer] for layer in cast("list[str]", header["layers"])}
+            if other := [layer for layer, score in scores.items() if score.dim() != 1 or not score.is_floating_point()]:
+                raise ValueError(f"the scores of layer {other[0]!r} are {scores[other[0]].dtype}")
+            return cls(
+                scores,
+                {layer: float(error) for layer, error in cast("dict[str, float]", errors).items()},
+                check_count("num_samples", header["num_samples"]),
+                dict(cast("dict[str, object]", header["provenance"])),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            wrong = f"File {str(path)!r} holds no consistent attribution ({error})"
+            raise ValueError(problem(wrong, "what Attribution.save wrote", "The file is damaged.")) from None
 
     def _parted(
         self, retain: Attribution, dual: str, rule: Callable[[Attribution], NeuronSelection]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
-from torch_simu._files import load_tensors, save_tensors
+from torch_simu._files import load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
 
 _KIND = "AttributionCheckpoint"
@@ -41,12 +43,15 @@ class Checkpoint:
     """A file that holds the partial sums of one attribution.
 
     Args:
-        path: The file; None writes nothing.
+        path: The file; None writes nothing. A random key lies beside it.
         configuration: What must be equal for the sums to be continued.
+        data: A hash of the data, which must be equal, too. It is written under the key only: who has the file alone
+            cannot test guesses of the data by it.
     """
 
     path: str | Path | None
     configuration: Mapping[str, object]
+    data: str = ""
     _written: float = field(default_factory=time.monotonic)
 
     def load(self, fresh: Partial) -> Partial:
@@ -65,6 +70,9 @@ class Checkpoint:
             key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
             wrong = f"File {str(self.path)!r} was written with {key} {found.get(key)!r}"
             raise ValueError(problem(wrong, f"{expected.get(key)!r}", "Delete the file, or give another path."))
+        if not self._key.exists() or not hmac.compare_digest(str(header.get("data")), self._keyed_data()):
+            wrong = f"File {str(self.path)!r} was written for other data, or its key is gone"
+            raise ValueError(problem(wrong, "the same samples", "Delete the file, or give another path."))
         return Partial(
             {layer: tensors[layer] for layer in fresh.scores},
             cast("dict[str, float]", header["completeness_error"]),
@@ -77,6 +85,7 @@ class Checkpoint:
             return
         header = {
             "configuration": dict(self.configuration),
+            "data": self._keyed_data(),
             "completeness_error": partial.completeness_error,
             "num_sequences": partial.num_sequences,
         }
@@ -84,9 +93,20 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """Delete the file, because the attribution is complete."""
+        """Delete the file and its key, because the attribution is complete."""
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
+            self._key.unlink(missing_ok=True)
+
+    @property
+    def _key(self) -> Path:
+        return Path(f"{self.path}.key")
+
+    def _keyed_data(self) -> str:
+        if not self._key.exists():
+            with replacing(self._key) as temporary:
+                temporary.write_text(secrets.token_hex(32))
+        return hmac.new(self._key.read_bytes(), self.data.encode(), hashlib.sha256).hexdigest()
 
 
 def config_hash(model: nn.Module) -> str:

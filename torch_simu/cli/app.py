@@ -34,6 +34,9 @@ def _application() -> typer.Typer:
 
 app = _application()
 
+_RUN = UnlearnConfig()
+# The defaults of a run stand there, once.
+
 _Data = "JSON Lines with question/answer, prompt/response or input/output; or a Hugging Face data set, NAME:SPLIT"
 Model = Annotated[str, typer.Option(help="Folder of the model and its tokenizer.")]
 Forget = Annotated[str, typer.Option(help=f"Rows to forget: {_Data}.")]
@@ -79,22 +82,31 @@ def unlearn(
     retain: Retain,
     out: Out,
     world: Annotated[str | None, typer.Option(help="Rows that are measured only, in no batch.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "simu_graddiff",
-    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = "grad_diff",
-    lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = 1e-3,
-    retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = 2.0,
-    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = "contrast",
-    fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = 0.1,
-    threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
-    attention: Annotated[str, typer.Option(help="Attention projections: frozen or full.")] = "frozen",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = _RUN.method,
+    objective: Annotated[str, typer.Option(help="grad_diff or grad_ascent.")] = _RUN.objective,
+    lr: Annotated[float, typer.Option(help="Step size: the largest change of one weight per step.")] = _RUN.lr,
+    retain_weight: Annotated[float, typer.Option(help="Weight of the retain loss.")] = _RUN.retain_weight,
+    rule: Annotated[str, typer.Option(help="Choice of neurons: contrast, top or threshold.")] = _RUN.rule,
+    fraction: Annotated[float, typer.Option(help="Share of neurons to train.")] = _RUN.fraction,
+    threshold: Annotated[
+        float, typer.Option(help="Share of the largest score, for --rule threshold.")
+    ] = _RUN.threshold,
+    attention: Annotated[
+        str, typer.Option(help="Attention projections: frozen or full (the paper's form).")
+    ] = _RUN.attention,
     layers: Layers = None,
-    forget_target: Annotated[float, typer.Option(help="Stop at this mean forget probability.")] = 0.1,
-    max_steps: Annotated[int, typer.Option(help="Steps at most.")] = 200,
-    batch_size: BatchSize = 16,
+    forget_target: Annotated[float, typer.Option(help="Stop at this mean forget probability.")] = cast(
+        "float", _RUN.forget_target
+    ),
+    max_steps: Annotated[int, typer.Option(help="Steps at most.")] = _RUN.max_steps,
+    batch_size: BatchSize = _RUN.forget_batch_size,
     max_length: MaxLength = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     load_in: Annotated[str | None, typer.Option(help="Quantize the model first: 8bit or 4bit.")] = None,
+    save_as: Annotated[
+        str, typer.Option(help="loaded, or float: one plain model for any loader, also of a quantized one.")
+    ] = "loaded",
     device: Device = None,
     force: Force = False,
 ) -> None:
@@ -128,6 +140,7 @@ def unlearn(
             dtype=dtype,
             device=device,
             load_in=load_in,
+            save_as=save_as,
             force=force,
             progress=progress,
         )
@@ -145,7 +158,7 @@ def evaluate(
     real_authors: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     world_facts: Annotated[str | None, typer.Option(help="Rows for --suite tofu.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")] = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = _RUN.forget_batch_size,
     max_length: MaxLength = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest generation.")] = None,
     dtype: Dtype = "auto",
@@ -184,9 +197,11 @@ def attribute(
     out: Out,
     retain: Annotated[str | None, typer.Option(help="Rows to contrast with.")] = None,
     rule: Annotated[str, typer.Option(help="Choice of neurons: contrast (needs --retain), top or threshold.")] = "top",
-    fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = 0.1,
-    threshold: Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")] = 0.3,
-    steps: Annotated[int, typer.Option(help="Path steps.")] = 10,
+    fraction: Annotated[float, typer.Option(help="Share of neurons to select.")] = _RUN.fraction,
+    threshold: Annotated[
+        float, typer.Option(help="Share of the largest score, for --rule threshold.")
+    ] = _RUN.threshold,
+    steps: Annotated[int, typer.Option(help="Path steps.")] = _RUN.attribution_steps,
     layers: Layers = None,
     max_length: MaxLength = None,
     dtype: Dtype = "auto",

@@ -10,8 +10,8 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
-from torch_simu.cli.loading import DELTAS, load_model, quiet_transformers
-from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
+from torch_simu.cli.loading import BASE_STILL_KNOWS, DELTAS, load_model, quiet_transformers
+from torch_simu.deltas import attached_layers, decode_model, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import encode
@@ -41,18 +41,21 @@ def unlearn_job(
     dtype: str = "auto",
     device: str | None = None,
     load_in: str | None = None,
+    save_as: str = "loaded",
     force: bool = False,
     progress: Progress,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
     The run is checkpointed in `OUT.run` beside it; called again after a kill, it goes on from there. Of a quantized
-    model (`load_in` "8bit" or "4bit") the untouched base is written, and the deltas beside it.
+    model (`load_in` "8bit" or "4bit", or saved so) the untouched base is written, and the deltas beside it; with
+    `save_as` "float" the values of its codes as float weights instead, with the deltas in them.
 
     Raises:
         ValueError: If a file, a row or an option is wrong, or a loss is not finite.
         OSError: If `out` exists and `force` is not given, or cannot be written.
     """
+    check_choice("save_as", save_as, ("loaded", "float"))
     check_writable(out, force=force)
     rows = _rows(sets)
     net, tokenizer = load_model(
@@ -72,6 +75,12 @@ def unlearn_job(
         checkpoint=checkpoint,
         progress=progress,
     )
+    notes = []
+    if save_as == "float":
+        # Before it is measured: the figures are those of what is written.
+        decode_model(net)
+    elif attached_layers(net):
+        notes.append(BASE_STILL_KNOWS)
     after = MethodResult(
         _measures(net, tokenizer, rows, max_length, progress, "evaluate after"),
         done.changed_share,
@@ -84,7 +93,7 @@ def unlearn_job(
         f"Reached {goal} after {done.steps} steps." if done.reached else f"Did NOT reach {goal} in {done.steps} steps."
     )
     title = f"torch-simu unlearn: {config.method}"
-    report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), [reached])
+    report = Report(title, config.seed, {"before": before, config.method: after}, config.to_json(), [reached, *notes])
     with whole_folder(out, force=force) as folder:
         if attached_layers(net):
             # The base stays what it was; its deltas go beside it.

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from torch_simu._checks import problem
+from torch_simu._files import check_replaceable
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch import (
+    Audit,
     NeuronPatch,
     apply_to_checkpoint,
     patch_between_checkpoints,
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Patches: th
 PatchFile = Annotated[Path, typer.Argument(help="File of the patch.")]
 Base = Annotated[Path, typer.Argument(help="Folder of the checkpoint before.")]
 Changed = Annotated[Path, typer.Argument(help="Folder of the checkpoint after.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file, if it is an earlier result.")]
 OutFolder = Annotated[Path, typer.Argument(help="New folder for the result.")]
 
 
@@ -36,11 +38,10 @@ def create(
     whole: Annotated[
         str | None, typer.Option(help="Regular expression for tensors that may differ as a whole, attention say.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    force: Force = False,
 ) -> None:
     """Write what differs between two checkpoints, and refuse if anything but the selected neurons does."""
-    if out.exists() and not force:
-        raise FileExistsError(problem(f"{str(out)!r} exists", "a new file", "Give another, or --force."))
+    check_replaceable(out, ours=NeuronPatch.is_file(out), force=force)
     provenance = {"base": base.resolve().name, "model": model.resolve().name}
     patch = patch_between_checkpoints(base, model, NeuronSelection.load(selection), whole=whole, provenance=provenance)
     patch.save(out)
@@ -67,8 +68,11 @@ def verify(
     base: Base,
     model: Changed,
     out: Annotated[Path | None, typer.Option(help="File for the audit, as JSON.")] = None,
+    force: Force = False,
 ) -> None:
     """Prove by hash that the patch, and nothing else, lies between two checkpoints; exit status 1 if not."""
+    if out is not None:
+        check_replaceable(out, ours=Audit.is_file(out), force=force)
     audit = verify_checkpoint(NeuronPatch.load(patch), base, model)
     if out is not None:
         audit.save(out)

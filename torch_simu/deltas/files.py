@@ -13,7 +13,7 @@ from torch_simu._files import load_tensors, save_tensors
 from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.deltas.attach import attach_deltas, checked_layers
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.layers import num_neurons
+from torch_simu.layers import d_model, num_neurons
 from torch_simu.neurons import NeuronSelection
 
 _KIND = "Deltas"
@@ -44,17 +44,23 @@ def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
     Raises:
         FileNotFoundError: If there is no such file.
         KeyError: If a layer is not in the model.
-        ValueError: If the file is damaged, or a layer is not the one that the delta was trained beside; nothing is
-            attached then.
+        ValueError: If the file is damaged, a delta has another shape or is not finite, or a layer is not the one that
+            the delta was trained beside; nothing is attached then.
     """
     tensors, header = load_tensors(path, _KIND)
     try:
         sizes, hashes = cast("dict[str, int]", header["num_neurons"]), cast("dict[str, str]", header["sha256"])
         selection = NeuronSelection({name: tensors[f"{name}.idx"] for name in sizes}, sizes)
         deltas = {name: tensors[f"{name}.delta"] for name in sizes}
-    except (KeyError, TypeError, ValueError) as error:
+        if not sizes or sizes.keys() != hashes.keys() or len(tensors) != 2 * len(sizes):
+            raise ValueError(f"{len(sizes)} layers, {len(hashes)} hashes, {len(tensors)} tensors")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         wrong = f"File {str(path)!r} holds no consistent deltas ({error})"
         raise ValueError(problem(wrong, "what save_deltas wrote", "The file is damaged.")) from None
+    for name, delta in deltas.items():
+        if not delta.is_floating_point() or not bool(delta.isfinite().all()):
+            wrong = f"The delta of layer {name!r} in {str(path)!r} is {delta.dtype} and not finite everywhere"
+            raise ValueError(problem(wrong, "finite floating-point numbers", "The file is damaged."))
     modules = dict(model.named_modules())
     for name, expected in hashes.items():
         if name not in modules:
@@ -65,6 +71,9 @@ def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
             wrong = f"The weight of layer {name!r} has sha256 {found[:12]}..."
             advice = "Load the base as it was loaded then: codes depend on the dtype they were made from."
             raise ValueError(problem(wrong, f"{expected[:12]}..., as it was under the delta", advice))
+        if deltas[name].shape != (shape := (d_model(modules[name]), len(selection[name]))):
+            wrong = f"The delta of layer {name!r} in {str(path)!r} has shape {tuple(deltas[name].shape)}"
+            raise ValueError(problem(wrong, f"{shape}", "The file is damaged, or of another model."))
     attached = attach_deltas(model, selection)
     with torch.no_grad():
         for name, delta in attached.items():

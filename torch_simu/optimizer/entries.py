@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,74 +11,107 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from torch_simu._checks import problem
-
-NeuronDim: TypeAlias = int | tuple[int, ...]
-"""The dimension that neuron indices count, or several, which they count together, the last one fastest."""
+from torch_simu.columns import Columns, NeuronDim, dims_of
 
 
 class Entry(NamedTuple):
-    """Where a parameter is in the groups, which of its entries train, and their gradient.
+    """A parameter, which of its entries train, and their gradient.
 
     Attributes:
         param: The parameter, perhaps sharded.
-        number: Of its group.
-        position: In its group.
-        chosen: Indices of the selected neurons; None: all.
-        dim: What they count.
+        columns: Its entries that train.
         grad: Compact gradient of this process's shard. Shape: of the shard with the selected neurons only.
+        salt: A number of its own, which sets its random draws apart from those of the other parameters.
     """
 
     param: Tensor
-    number: int
-    position: int
-    chosen: Tensor | None
-    dim: NeuronDim
+    columns: Columns
     grad: Tensor
+    salt: int
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Return the selected entries of this process's shard of a tensor that is laid out like the parameter."""
-        tensor = local(tensor)
-        if self.chosen is None:
-            return tensor
-        if isinstance(self.dim, int):
-            return tensor.index_select(self.dim, self.chosen)
-        return tensor.movedim(self.dim, tuple(range(len(self.dim))))[self._coordinates(tensor)]
+    def gather(self) -> Tensor:
+        """Return the selected entries of this process's shard of the parameter."""
+        return self.columns.gather(local(self.param))
 
     def write(self, value: Tensor) -> None:
         """Write the selected entries of this process's shard of the parameter."""
-        param = local(self.param)
-        if self.chosen is None:
-            param.copy_(value)
-        elif isinstance(self.dim, int):
-            param.index_copy_(self.dim, self.chosen, value)
-        else:
-            param.movedim(self.dim, tuple(range(len(self.dim))))[self._coordinates(param)] = value
-
-    @property
-    def addable(self) -> bool:
-        """Whether `add` knows how to."""
-        return self.chosen is not None and isinstance(self.dim, int)
+        self.columns.write_(local(self.param), value)
 
     def add(self, value: Tensor) -> None:
         """Add to the selected entries of this process's shard of the parameter."""
-        assert self.chosen is not None
-        assert isinstance(self.dim, int)
-        local(self.param).index_add_(self.dim, self.chosen, value)
+        self.columns.add_(local(self.param), value)
 
-    def stored(self, compact: Tensor) -> Tensor:
-        """Return a compact tensor of this process as the state keeps it: sharded like the parameter."""
-        if not isinstance(self.param, DTensor):
-            return compact
-        shape, placements = compact_layout(self.param, self.dim, None if self.chosen is None else len(self.chosen))
-        # Strides of the whole: the shards may be uneven or empty.
-        stride = torch.empty(shape, device="meta").stride()
-        mesh = self.param.device_mesh
-        return DTensor.from_local(compact, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
-    def _coordinates(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        assert self.chosen is not None
-        assert not isinstance(self.dim, int)
-        return torch.unravel_index(self.chosen, [tensor.shape[dim] for dim in self.dim])
+class Selected:
+    """The columns of the parameters of an optimizer, each on its device, made anew only where the neurons changed."""
+
+    def __init__(self) -> None:
+        # (group, position, device) -> (the index list it was made from, the same on the device)
+        self._indices: dict[tuple[int, int, torch.device], tuple[list[int], Tensor]] = {}
+
+    def columns(self, group: Mapping[str, Any], number: int, position: int) -> Columns:
+        """Return the columns of a parameter, by the number of its group and its position there.
+
+        Raises:
+            ValueError: If the parameter is distributed, and sharded along its neurons.
+        """
+        param, neurons, dim = group["params"][position], group["neurons"][position], group["neuron_dim"]
+        if neurons is None:
+            return Columns(dim, None)
+        check_unsharded(param, dim, f"Parameter {position} of group {number}")
+        device = local(param).device
+        cached = self._indices.get((number, position, device))
+        if cached is None or cached[0] is not neurons:
+            cached = neurons, torch.tensor(neurons, dtype=torch.int64, device=device)
+            self._indices[number, position, device] = cached
+        return Columns(dim, cached[1])
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._indices.clear()
+
+
+def entries_of(
+    groups: Sequence[Mapping[str, Any]],
+    numbers: Iterable[int],
+    selected: Selected,
+    grads: Mapping[Tensor, Tensor] | None = None,
+) -> Iterator[Entry]:
+    """Yield the entries of all parameters of some groups that have a gradient.
+
+    Args:
+        groups: All groups.
+        numbers: Which of them.
+        selected: The columns of their parameters.
+        grads: Gradients to take instead of those that the parameters hold.
+
+    Raises:
+        RuntimeError: If a gradient is sparse.
+        ValueError: If a distributed parameter is sharded along its neurons.
+    """
+    for number in numbers:
+        for position, param in enumerate(groups[number]["params"]):
+            grad = param.grad if grads is None else grads.get(param)
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(problem("A gradient is sparse", "dense gradients", "Use sparse=False."))
+            columns = selected.columns(groups[number], number, position)
+            # Half precision is gathered first and widened then, so that no dense copy is ever made.
+            wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+            compact = columns.gather(local(aligned(grad, param))).to(wide)
+            yield Entry(param, columns, compact, number * 10_007 + position)
+
+
+def stored(compact: Tensor, param: Tensor, columns: Columns) -> Tensor:
+    """Return a compact tensor of this process as the state keeps it: sharded like the parameter."""
+    if not isinstance(param, DTensor):
+        return compact
+    shape = columns.shape_in(param.shape)
+    placements = compact_placements(param, columns.dim, whole=columns.indices is None)
+    # Strides of the whole: the shards may be uneven or empty.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(compact, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -85,29 +119,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def compact_layout(param: Tensor, dim: NeuronDim, count: int | None) -> tuple[list[int], list[Placement]]:
-    """Return the whole shape of a parameter's compact state, and how it is spread over the processes.
-
-    Args:
-        param: The parameter.
-        dim: What its neurons are counted along.
-        count: Number of selected neurons; None: the state has the parameter's shape.
-    """
-    shape, placements = list(param.shape), list(param.placements) if isinstance(param, DTensor) else []
-    if count is None:
-        return shape, placements
-    if isinstance(dim, int):
-        shape[dim] = count
-        return shape, placements
-    neurons = {each % len(shape) for each in dim}
-    rest = [each for each in range(len(shape)) if each not in neurons]
-    moved = [Shard(1 + rest.index(each.dim)) if isinstance(each, Shard) else each for each in placements]
-    return [count, *(shape[each] for each in rest)], moved
-
-
-def num_indices(shape: torch.Size, dim: NeuronDim) -> int:
-    """Return how many neurons a parameter of this shape has."""
-    return shape[dim] if isinstance(dim, int) else torch.Size([shape[each] for each in dim]).numel()
+def compact_placements(param: DTensor, dim: NeuronDim, *, whole: bool) -> list[Placement]:
+    """Return how the compact state of a parameter is spread over the processes."""
+    if whole or isinstance(dim, int):
+        return list(param.placements)
+    neurons = {each % param.dim() for each in dim}
+    rest = [each for each in range(param.dim()) if each not in neurons]
+    return [Shard(1 + rest.index(each.dim)) if isinstance(each, Shard) else each for each in param.placements]
 
 
 def aligned(grad: Tensor, param: Tensor) -> Tensor:
@@ -125,7 +143,7 @@ def check_unsharded(param: Tensor, dim: NeuronDim, name: str) -> None:
     """
     if not isinstance(param, DTensor):
         return
-    dims = {each % param.dim() for each in ((dim,) if isinstance(dim, int) else dim)}
+    dims = {each % param.dim() for each in dims_of(dim)}
     for placement in param.placements:
         if isinstance(placement, Shard) and placement.dim in dims:
             free = next((each for each in range(param.dim()) if each not in dims), None)
@@ -136,7 +154,7 @@ def check_unsharded(param: Tensor, dim: NeuronDim, name: str) -> None:
             raise ValueError(problem(wrong, "neurons whole in every process", advice))
 
 
-def agreed(finite: Tensor, entries: list[Entry]) -> Tensor:
+def agreed(finite: Tensor, entries: Sequence[Entry]) -> Tensor:
     """Return whether the gradients are finite in every process that holds a shard of a parameter."""
     meshes = {entry.param.device_mesh for entry in entries if isinstance(entry.param, DTensor)}
     for mesh in sorted(meshes, key=str):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
+from torch_simu.columns import NeuronDim, dims_of, num_columns
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer.entries import NeuronDim, num_indices
 from torch_simu.optimizer.storage import check_blockwise
 
 _STATE_DTYPES = ("float32", "float64", "bfloat16", "uint8")
@@ -77,6 +77,19 @@ def checked_group(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -
     return group
 
 
+def refreshed_by(groups: Sequence[Mapping[str, Any]], curvature: str, method: str) -> list[int]:
+    """Return the numbers of the groups with a curvature.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    numbers = [number for number, group in enumerate(groups) if group["curvature"] == curvature]
+    if not numbers:
+        wrong = f"{method} was called, and no group has curvature={curvature!r}"
+        raise ValueError(problem(wrong, "one that has", f"Make the optimizer with curvature={curvature!r}."))
+    return numbers
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise when a hyper-parameter of a group is out of bounds."""
     lr, betas = options["lr"], options["betas"]
@@ -111,11 +124,11 @@ def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[li
         if chosen is None:
             checked.append(None)
             continue
-        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        dims = dims_of(dim)
         inside = all(isinstance(each, int) and -param.dim() <= each < param.dim() for each in dims)
         if not dims or not inside or len({each % param.dim() for each in dims}) != len(dims):
             expected = f"a dimension of parameter {number}, {tuple(param.shape)}, or a tuple of different ones"
             raise ValueError(problem(f"neuron_dim is {dim}", expected))
         name = f"params[{number}]"
-        checked.append(NeuronSelection({name: chosen}, {name: max(1, num_indices(param.shape, dim))})[name].tolist())
+        checked.append(NeuronSelection({name: chosen}, {name: max(1, num_columns(param.shape, dim))})[name].tolist())
     return checked

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from torch_simu._checks import problem
-from torch_simu.optimizer.entries import NeuronDim, compact_layout
+from torch_simu.columns import NeuronDim, compact_shape
+from torch_simu.optimizer.counters import plain_counters
+from torch_simu.optimizer.entries import compact_placements, local
+from torch_simu.optimizer.stepping import step_device
 from torch_simu.optimizer.storage import SHAPED
 
 Groups = Sequence[Mapping[str, Any]]
@@ -40,7 +46,7 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
                 raise ValueError(problem(wrong, "the same selection", _ADVICE))
     for saved_id, group, param, neurons in aligned_params(state_dict, groups):
         count = None if neurons is None else len(neurons)
-        shape = tuple(compact_layout(param, group["neuron_dim"], count)[0])
+        shape = tuple(compact_shape(param.shape, group["neuron_dim"], count))
         for key in SHAPED:
             value = state_dict["state"].get(saved_id, {}).get(key)
             if value is not None and tuple(value.shape) != shape:
@@ -48,11 +54,62 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
                 raise ValueError(problem(wrong, f"{shape}", _ADVICE))
 
 
+@contextmanager
+def saving(optimizer: Optimizer) -> Iterator[None]:
+    """Let states that are saved hold plain counters, before the post-hooks of others see them."""
+
+    def plain(_: Optimizer, saved: dict[str, Any]) -> None:
+        plain_counters(saved["param_groups"])
+
+    hook = optimizer.register_state_dict_post_hook(plain, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Let a state that is loaded be checked after the pre-hooks of others, and restored before their post-hooks."""
+    found: dict[str, Any] = {}
+
+    def check(_: Optimizer, adapted: dict[str, Any]) -> None:
+        check_loadable(adapted, optimizer.param_groups)
+        found.update(adapted)
+
+    def restore(_: Optimizer) -> None:
+        restore_state(optimizer.state, found, optimizer.param_groups)
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def restore_state(state: Mapping[Tensor, dict[str, Any]], state_dict: Mapping[str, Any], groups: Groups) -> None:
+    """Put saved tensors in place of what the base class made of them.
+
+    It casts state to the parameter's dtype (pytorch issue 43706), which would round the curvature.
+    """
+    for saved_id, group, param, neurons in aligned_params(state_dict, groups):
+        for key, value in state_dict["state"].get(saved_id, {}).items():
+            if key == "step":
+                device = step_device(group, local(param).device)
+                state[param][key] = torch.as_tensor(value).detach().to(device, torch.float32, copy=True)
+            elif isinstance(value, Tensor):
+                state[param][key] = restored(value, param, neurons, group["neuron_dim"])
+
+
 def restored(value: Tensor, param: Tensor, neurons: Sequence[int] | None, dim: NeuronDim) -> Tensor:
     """Return a copy of a saved tensor in its own dtype, on the parameter's device and spread as its state is."""
     value = value.detach()
     if isinstance(param, DTensor) and not isinstance(value, DTensor):
         # A whole tensor, the same in every process: each takes its own shard of it.
-        _, placements = compact_layout(param, dim, None if neurons is None else len(neurons))
+        placements = compact_placements(param, dim, whole=neurons is None)
         return distribute_tensor(value.to(param.device), param.device_mesh, placements, src_data_rank=None)
     return value.to(param.device, copy=True)

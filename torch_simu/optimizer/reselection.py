@@ -9,11 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
+from torch_simu.columns import Columns, NeuronDim
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer.entries import Entry, NeuronDim, local
+from torch_simu.optimizer.counters import make_due
+from torch_simu.optimizer.entries import local, stored
 from torch_simu.optimizer.storage import SHAPED
 
 Neurons = list[list[int] | None]
+
+
+def reselect(
+    groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]], selection: NeuronSelection, model: nn.Module
+) -> list[dict[str, Any]]:
+    """Let groups and state be those of another selection, and return the groups that are to be added.
+
+    Raises:
+        ValueError: If the model holds none of the parameters, or a layer trains whole already.
+        TypeError: If `selection` or `model` is something else.
+    """
+    changed, joining = reselected_groups(groups, selection, model)
+    for number, neurons in changed.items():
+        group = groups[number]
+        for param, old, new in zip(group["params"], group["neurons"], neurons, strict=True):
+            if old is not None and new is not None and state.get(param):
+                state[param] = reselected_state(state[param], param, old, new, group["neuron_dim"])
+        group["neurons"] = neurons
+        make_due(group)
+    return join(groups, joining)
 
 
 class Joining(NamedTuple):
@@ -106,8 +128,8 @@ def reselected_state(
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     target, source = indices(kept), indices([place[new[position]] for position in kept])
-    entry = Entry(param, 0, 0, indices(new), dim, torch.empty(0, device=device))
-    weights = entry.gather(param)
+    columns = Columns(dim, indices(new))
+    weights = columns.gather(local(param))
     result: dict[str, Any] = {"step": state["step"]}
     for key in SHAPED:
         if key in state:
@@ -116,7 +138,7 @@ def reselected_state(
             if key != "master":
                 after.zero_()
             after.index_copy_(along, target, before.index_select(along, source))
-            result[key] = entry.stored(after)
+            result[key] = stored(after, param, columns)
     return result
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from torch_simu._checks import check_count, check_number, problem
-from torch_simu.curvature import bartlett_diagonal, hutchinson_estimates
+from torch_simu._checks import check_count, check_number
+from torch_simu.curvature import bartlett_diagonal
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer.entries import Entry, agreed, aligned, check_unsharded, local
-from torch_simu.optimizer.estimates import Estimates
-from torch_simu.optimizer.groups import checked_group, dtype_name, selected_groups
-from torch_simu.optimizer.loading import aligned_params, check_loadable, restored
-from torch_simu.optimizer.reselection import join, reselected_groups, reselected_state
-from torch_simu.optimizer.stepping import fold, health, new_state, rounded_to, step_entries
+from torch_simu.optimizer.counters import due
+from torch_simu.optimizer.entries import Entry, Selected, entries_of
+from torch_simu.optimizer.estimates import Estimates, hutchinson_entries
+from torch_simu.optimizer.groups import checked_group, dtype_name, refreshed_by, selected_groups
+from torch_simu.optimizer.guard import Guard
+from torch_simu.optimizer.loading import loading, saving
+from torch_simu.optimizer.reselection import reselect
+from torch_simu.optimizer.stepping import health, refresh_group, step_group
 
 
 class SIMUOptimizer(Optimizer):
@@ -55,7 +55,8 @@ class SIMUOptimizer(Optimizer):
         stochastic_rounding: Round updates of bfloat16 and float16 weights so that small ones survive on average.
         foreach: Step all parameters with fused kernels; None: on CUDA.
         maximize: Ascend instead of descend.
-        capturable: Decide about non-finite gradients on the device, without a synchronization.
+        capturable: Let a CUDA graph that captured a step or a refresh replay it: whether gradients are finite, the
+            counters and the draws of stochastic rounding are the device's; reading `hessian_due` waits for it then.
         curvature: Where the curvature comes from: `update_hessian` after a backward of `gauss_newton_loss` ("gnb"),
             `update_hutchinson` ("hutchinson"), or the square of each step's own gradient ("squared_gradient", the
             empirical Fisher of other packages: explicit, because it is none).
@@ -112,11 +113,11 @@ class SIMUOptimizer(Optimizer):
             "capturable": capturable,
             "curvature": curvature,
             "neuron_dim": -1,
-            # Host counters in the groups, so that every way of saving and loading an optimizer carries them.
             "num_steps": 0,
             "next_refresh": 1,
         }
-        self._reset_caches()
+        # Objects, because a wrapper may copy the attributes: both must go on with the same ones.
+        self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
         super().__init__(params if selection is None else selected_groups(params, selection), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,7 +125,10 @@ class SIMUOptimizer(Optimizer):
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
-        self._reset_caches()
+        if "_guard" not in self.__dict__:
+            self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
+        for each in (self._selected, self._estimates, self._guard):
+            each.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own options and, optionally, `neurons` and `neuron_dim`.
@@ -136,12 +140,14 @@ class SIMUOptimizer(Optimizer):
 
     @property
     def hessian_due(self) -> bool:
-        """Whether the curvature should be refreshed now: after step 1, then every `hessian_interval` steps."""
-        return any(
-            group["num_steps"] >= group["next_refresh"]
-            for group in self.param_groups
-            if group["curvature"] != "squared_gradient"
-        )
+        """Whether the curvature should be refreshed now: after step 1, then every `hessian_interval` steps.
+
+        On a GPU, and with `capturable`, this reads the device, and says what non-finite gradients stopped since.
+        """
+        is_due = due(group for group in self.param_groups if group["curvature"] != "squared_gradient")
+        if isinstance(is_due, Tensor):
+            self._guard.say()
+        return bool(is_due)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -161,18 +167,12 @@ class SIMUOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries = [list(self._entries(number)) for number in range(len(self.param_groups))]
-        finite = self._finite(list(chain.from_iterable(entries)))
+        entries = [self._entries([number]) for number in range(len(self.param_groups))]
+        finite = self._guard.passes(list(chain.from_iterable(entries)), self.param_groups, "step")
         if finite is False:
-            self._say_skipped("step")
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
-            if group["curvature"] == "squared_gradient" and group["num_steps"] + 1 >= group["next_refresh"]:
-                for entry in group_entries:
-                    fold(group, self._state_of(group, entry), entry.grad.square(), finite)
-                group["next_refresh"] = group["num_steps"] + 1 + group["hessian_interval"]
-            self._step_group(group, group_entries, finite)
-            group["num_steps"] += 1
+            step_group(group, group_entries, self.state, finite)
         return loss
 
     @torch.no_grad()
@@ -198,14 +198,13 @@ class SIMUOptimizer(Optimizer):
         for name, value in (("num_tokens", num_tokens), ("grad_scale", grad_scale)):
             if value is not None and not isinstance(value, Tensor):
                 check_number(name, value, low_open=True)
-        numbers = self._refreshed_by("gnb", "update_hessian")
-        entries = list(chain.from_iterable(self._entries(number) for number in numbers))
-        finite = self._finite(entries)
-        if finite is False:
-            self._say_skipped("refresh")
-        for entry in entries if finite is not False else ():
-            grad = entry.grad if grad_scale is None else entry.grad / grad_scale
-            self._estimates.add(entry, bartlett_diagonal(grad, cast("int", num_tokens)), num_tokens, finite)
+        numbers = refreshed_by(self.param_groups, "gnb", "update_hessian")
+        entries = self._entries(numbers)
+        finite = self._guard.passes(entries, self.param_groups, "refresh")
+        if finite is not False:
+            grads = [entry.grad if grad_scale is None else entry.grad / grad_scale for entry in entries]
+            estimates = [bartlett_diagonal(grad, cast("int", num_tokens)) for grad in grads]
+            self._estimates.add(entries, estimates, num_tokens, finite)
         if last:
             self._refresh(numbers)
 
@@ -225,28 +224,15 @@ class SIMUOptimizer(Optimizer):
             RuntimeError: If the loss cannot be differentiated twice.
         """
         check_count("num_probes", num_probes)
-        numbers = self._refreshed_by("hutchinson", "update_hutchinson")
-        params = [param for number in numbers for param in self.param_groups[number]["params"] if param.requires_grad]
-        if any(isinstance(param, DTensor) for param in params):
-            advice = 'Use curvature="gnb", which needs one backward only.'
-            raise ValueError(problem("A parameter of update_hutchinson is distributed", "local ones", advice))
-
-        def entries(grads: Sequence[Tensor]) -> list[Entry]:
-            found = dict(zip(params, grads, strict=True))
-            return [entry for number in numbers for entry in self._entries(number, found)]
-
-        def gather(grads: Sequence[Tensor]) -> list[Tensor]:
-            return [entry.grad for entry in entries(grads)]
-
-        for found in hutchinson_estimates(loss, params, gather, generator=generator, num_probes=num_probes):
+        numbers = refreshed_by(self.param_groups, "hutchinson", "update_hutchinson")
+        draws = hutchinson_entries(
+            loss, self.param_groups, numbers, self._selected, generator=generator, num_probes=num_probes
+        )
+        for entries in draws:
             with torch.no_grad():
-                places = entries([param.detach() for param in params])
-                estimates = [entry._replace(grad=grad) for entry, grad in zip(places, found, strict=True)]
-                finite = self._finite(estimates)
-                if finite is False:
-                    self._say_skipped("refresh")
-                for entry in estimates if finite is not False else ():
-                    self._estimates.add(entry, entry.grad, 1, finite)
+                finite = self._guard.passes(entries, self.param_groups, "refresh")
+                if finite is not False:
+                    self._estimates.add(entries, [entry.grad for entry in entries], 1, finite)
         with torch.no_grad():
             self._refresh(numbers)
 
@@ -265,17 +251,9 @@ class SIMUOptimizer(Optimizer):
             ValueError: If the model holds none of the optimizer's parameters, or a layer trains whole already.
             TypeError: If `selection` or `model` is something else.
         """
-        changed, joining = reselected_groups(self.param_groups, selection, model)
-        for number, neurons in changed.items():
-            group = self.param_groups[number]
-            for param, old, new in zip(group["params"], group["neurons"], neurons, strict=True):
-                if new is not None and self.state.get(param):
-                    self.state[param] = reselected_state(self.state[param], param, old, new, group["neuron_dim"])
-            group["neurons"] = neurons
-            group["next_refresh"] = group["num_steps"]
-        for new_group in join(self.param_groups, joining):
-            self.add_param_group(new_group)
-        self._indices.clear()
+        for group in reselect(self.param_groups, self.state, selection, model):
+            self.add_param_group(group)
+        self._selected.clear()
         self._estimates.clear()
 
     @torch.no_grad()
@@ -288,12 +266,12 @@ class SIMUOptimizer(Optimizer):
             Of distributed parameters these are figures of this process's shards. `skipped_steps`: how many steps and
             refreshes a non-finite gradient stopped.
         """
-        figures = [
-            health(group, [state for param in group["params"] if (state := self.state.get(param))])
-            for group in self.param_groups
-        ]
-        columns = zip(("unclipped", "momentum_norm", "curvature_norm"), zip(*figures, strict=True), strict=True)
-        return {**{name: list(column) for name, column in columns}, "skipped_steps": int(self._skipped)}
+        return {**health(self.param_groups, self.state), "skipped_steps": self._guard.num_stopped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, whose counters are plain numbers wherever they are kept."""
+        with saving(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, keeping the state's dtype; continues bit-identically.
@@ -301,91 +279,13 @@ class SIMUOptimizer(Optimizer):
         Raises:
             ValueError: If it was saved for another selection, other groups or other shapes.
         """
-        self._check_loadable(state_dict)
-        super().load_state_dict(cast("dict[str, Any]", state_dict))
-        # The base class casts state to the parameter's dtype (pytorch issue 43706), which would round the curvature.
-        for saved_id, group, param, neurons in aligned_params(state_dict, self.param_groups):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if key != "step":
-                    self.state[param][key] = restored(value, param, neurons, group["neuron_dim"])
-        self._estimates.clear()
+        with loading(self):
+            super().load_state_dict(cast("dict[str, Any]", state_dict))
 
-    def _reset_caches(self) -> None:
-        # (group, position, device) -> (the index list it was made from, the same on the device)
-        self._indices: dict[tuple[int, int, torch.device], tuple[list[int], Tensor]] = {}
-        self._estimates = Estimates()
-        self._skipped: int | Tensor = 0
-
-    def _entries(self, number: int, grads: Mapping[Tensor, Tensor] | None = None) -> Iterator[Entry]:
-        group = self.param_groups[number]
-        for position, (param, neurons) in enumerate(zip(group["params"], group["neurons"], strict=True)):
-            grad = param.grad if grads is None else grads.get(param)
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(problem("A gradient is sparse", "dense gradients", "Use sparse=False."))
-            chosen = None
-            if neurons is not None:
-                check_unsharded(param, group["neuron_dim"], f"Parameter {position} of group {number}")
-                chosen = self._index(number, position, neurons, local(param).device)
-            entry = Entry(param, number, position, chosen, group["neuron_dim"], grad)
-            # Half precision is gathered first and widened then, so that no dense copy is ever made.
-            wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-            yield entry._replace(grad=entry.gather(aligned(grad, param)).to(wide))
-
-    def _index(self, number: int, position: int, neurons: list[int], device: torch.device) -> Tensor:
-        key = (number, position, device)
-        cached = self._indices.get(key)
-        if cached is None or cached[0] is not neurons:
-            cached = self._indices[key] = (neurons, torch.tensor(neurons, dtype=torch.int64, device=device))
-        return cached[1]
-
-    def _finite(self, entries: list[Entry]) -> Tensor | bool:
-        """Say whether all gradients are finite: a bool on the CPU, a scalar on the device where reading would wait."""
-        # Both are NaN where an entry is; one vectorized pass, unlike a norm.
-        bounds = [bound for entry in entries if entry.grad.numel() for bound in torch.aminmax(entry.grad)]
-        finite = torch.tensor(True)
-        if bounds:
-            finite = torch.stack([bound.isfinite().to(bounds[0].device) for bound in bounds]).all()
-        finite = agreed(finite, entries)
-        on_device = finite.is_cuda or any(group["capturable"] for group in self.param_groups)
-        if on_device:
-            self._skipped = self._skipped + (~finite).long()
-        return finite if on_device else bool(finite)
-
-    def _say_skipped(self, what: str) -> None:
-        self._skipped += 1
-        wrong = f"A selected gradient is not finite; this {what} changed nothing ({int(self._skipped)} so far)"
-        warnings.warn(problem(wrong, "finite gradients", "Lower lr or check the loss."), RuntimeWarning, stacklevel=4)
-
-    def _state_of(self, group: dict[str, Any], entry: Entry) -> dict[str, Any]:
-        if not self.state[entry.param]:
-            self.state[entry.param] = new_state(group, entry)
-        return cast("dict[str, Any]", self.state[entry.param])
-
-    def _refreshed_by(self, curvature: str, method: str) -> list[int]:
-        numbers = [number for number, group in enumerate(self.param_groups) if group["curvature"] == curvature]
-        if not numbers:
-            wrong = f"{method} was called, and no group has curvature={curvature!r}"
-            raise ValueError(problem(wrong, "one that has", f"Make the optimizer with curvature={curvature!r}."))
-        return numbers
+    def _entries(self, numbers: Iterable[int]) -> list[Entry]:
+        return list(entries_of(self.param_groups, numbers, self._selected))
 
     def _refresh(self, numbers: list[int]) -> None:
-        taken = self._estimates.take()
-        for entry, mean, finite in taken:
-            group = self.param_groups[entry.number]
-            fold(group, self._state_of(group, entry), mean, finite)
-        # A refresh whose every gradient was not finite is still due.
-        for number in numbers if taken else ():
-            group = self.param_groups[number]
-            group["next_refresh"] = group["num_steps"] + group["hessian_interval"]
-
-    def _step_group(self, group: dict[str, Any], entries: list[Entry], finite: Tensor | bool) -> None:
-        states = [self._state_of(group, entry) for entry in entries]
-        step_entries(group, entries, states, finite, lambda entry, weight: self._rounded(group, entry, weight))
-
-    def _rounded(self, group: dict[str, Any], entry: Entry, weight: Tensor) -> Tensor:
-        return rounded_to(group, entry, weight)
-
-    def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
-        check_loadable(state_dict, self.param_groups)
+        means, passed = self._estimates.take()
+        for number in numbers if passed is not False else ():
+            refresh_group(self.param_groups[number], means, self.state, passed)

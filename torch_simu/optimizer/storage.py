@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.blocks import BLOCK, read_blocks, write_blocks
 from torch_simu.bitsandbytes.installed import require_bitsandbytes
-from torch_simu.optimizer.entries import Entry, local
+from torch_simu.optimizer.entries import Entry, local, stored
 
 SHAPED = ("exp_avg", "hessian", "master")
 """Keys of the state whose values have the compact shape."""
@@ -23,7 +23,7 @@ _SCALES = "_absmax"
 def allocate(state: dict[str, Any], key: str, entry: Entry, dtype: torch.dtype) -> None:
     """Put zeros of the compact shape into the state."""
     zeros = torch.zeros_like(entry.grad, dtype=dtype, memory_format=torch.contiguous_format)
-    state[key] = entry.stored(zeros)
+    state[key] = stored(zeros, entry.param, entry.columns)
     if dtype == torch.uint8:
         state[key + _SCALES] = zeros.new_zeros(-(-zeros.numel() // BLOCK), dtype=torch.float32)
         write(state, key, torch.zeros_like(entry.grad))
@@ -39,12 +39,12 @@ def read(state: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
 
 def write(state: Mapping[str, Any], key: str, value: Tensor) -> None:
     """Store the values of this process."""
-    stored = local(state[key])
-    if stored.dtype == torch.uint8 and stored.numel():
-        write_blocks(value, stored, state[key + _SCALES], signed=key == "exp_avg")
+    kept = local(state[key])
+    if kept.dtype == torch.uint8 and kept.numel():
+        write_blocks(value, kept, state[key + _SCALES], signed=key == "exp_avg")
     else:
         # Onto itself this does nothing.
-        stored.copy_(value)
+        kept.copy_(value)
 
 
 def check_blockwise(group: Mapping[str, Any]) -> None:

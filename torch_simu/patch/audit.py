@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,9 @@ class Audit:
     """Every tensor of a model beside the base's, by hash.
 
     Attributes:
-        tensors: Tensor -> its `status` ("unchanged", "columns", "whole", "delta" or "unexpected"), sha256 `before` and
-            `after`, and for columns how many neurons are `selected`, of how many.
+        tensors: Tensor -> its `status` ("unchanged", "columns", "whole", "delta", "unexpected", or "unread" where one
+            side only has it and no model reads it), sha256 `before` and `after`, and for columns how many neurons are
+            `selected`, of how many.
         problems: What is not as the patch says; empty where everything is.
     """
 
@@ -51,14 +52,36 @@ class Audit:
         with replacing(path) as temporary:
             temporary.write_text(self.to_json() + "\n")
 
+    @staticmethod
+    def is_file(path: str | Path) -> bool:
+        """Return whether a file holds an audit that `save` wrote."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(content, dict) and content.keys() == {"passed", "problems", "counts", "tensors"}
+
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
         verdict = "Exactly what the patch says changed" if self.passed else f"Not as the patch says: {self.problems[0]}"
         return f"{verdict} ({len(self.tensors)} tensors: {counts})."
 
 
-def audit(changes: Mapping[str, Change], base: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Audit:
-    """Compare all tensors by hash, and those that differ with what a patch says of them."""
+def audit(
+    changes: Mapping[str, Change],
+    base: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    *,
+    unread: Collection[str] = (),
+) -> Audit:
+    """Compare all tensors by hash, and those that differ with what a patch says of them.
+
+    Args:
+        changes: The patch.
+        base: The base's tensors.
+        model: The changed model's.
+        unread: Tensors that only one side may have, because no model reads them.
+    """
     rows: dict[str, dict[str, object]] = {}
     problems = []
     for name in dict.fromkeys([*base, *model, *changes]):
@@ -73,6 +96,9 @@ def audit(changes: Mapping[str, Change], base: Mapping[str, Tensor], model: Mapp
             rows[name] = {"status": change.kind if change else "unchanged", "before": before, "after": after}
             if change is not None and change.num_neurons:
                 rows[name] |= {"selected": len(change.neurons), "of": change.num_neurons}
+            continue
+        if name in unread and None in (before, after):
+            rows[name] = {"status": "unread", "before": before, "after": after}
             continue
         rows[name] = {"status": "unexpected", "before": before, "after": after}
         wanted = "is not as the patch says" if change else "differs and is not in the patch"

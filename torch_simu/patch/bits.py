@@ -35,7 +35,7 @@ def differing_neurons(before: Tensor, after: Tensor, dim: NeuronDim) -> Tensor:
     return different.flatten(1).any(dim=1).nonzero()[:, 0] if different.numel() else torch.zeros(0, dtype=torch.int64)
 
 
-def check_alike(name: str, before: Tensor, after: Tensor) -> None:
+def check_alike(name: str, before: Tensor, after: Tensor, advice: str = "") -> None:
     """Raise where two tensors cannot differ by bits alone.
 
     Raises:
@@ -43,4 +43,4 @@ def check_alike(name: str, before: Tensor, after: Tensor) -> None:
     """
     if before.shape != after.shape or before.dtype != after.dtype:
         wrong = f"Tensor {name!r} has shape {tuple(after.shape)} and dtype {after.dtype}"
-        raise ValueError(problem(wrong, f"{tuple(before.shape)} and {before.dtype}, as in the base"))
+        raise ValueError(problem(wrong, f"{tuple(before.shape)} and {before.dtype}, as in the base", advice))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,12 @@ from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons
 
 Kind = Literal["columns", "whole", "delta"]
+
+RESAVE = (
+    "Of a checkpoint on disk: load the base as it was loaded for the change, save it once with save_pretrained, and "
+    "give that folder."
+)
+"""What helps where two checkpoints hold the same model in different forms."""
 
 Where = Mapping[str, tuple[NeuronDim, Tensor]]
 """Tensor name -> what counts its neurons, and those that may change."""
@@ -88,11 +96,46 @@ class Change:
 
     @classmethod
     def from_file(cls, header: Mapping[str, Any], neurons: Tensor, value: Tensor) -> Change:
-        """Return the change whose `header` and tensors were written."""
+        """Return the change whose `header` and tensors were written.
+
+        Raises:
+            ValueError: If they do not fit each other.
+            KeyError: If something is missing.
+        """
         dim = header["dim"]
         dim = tuple(dim) if isinstance(dim, list) else dim
         fixed = {key: header[key] for key in ("kind", "before", "after", "dtype", "num_neurons")}
-        return cls(**fixed, shape=tuple(header["shape"]), dim=dim, neurons=neurons, value=value)
+        found = cls(**fixed, shape=tuple(header["shape"]), dim=dim, neurons=neurons, value=value)
+        found._check_consistent()
+        return found
+
+    def _check_consistent(self) -> None:
+        if not (_is_hash(self.before) and _is_hash(self.after)):
+            raise ValueError(f"its hashes are {self.before!r} and {self.after!r}")
+        if (
+            self.kind not in ("columns", "whole", "delta")
+            or self.neurons.dtype != torch.int64
+            or self.neurons.dim() != 1
+        ):
+            raise ValueError(f"its kind is {self.kind!r}, its neurons are {self.neurons.dtype}")
+        if len(self.neurons) and not 0 <= int(self.neurons.min()) <= int(self.neurons.max()) < self.num_neurons:
+            raise ValueError(f"it changes neuron {int(self.neurons.max())} of {self.num_neurons}")
+        shape = self.shape
+        if self.kind == "columns":
+            dims = (self.dim,) if isinstance(self.dim, int) else self.dim or ()
+            counted = {range(len(shape))[each] for each in dims}
+            kept = tuple(size for each, size in enumerate(shape) if each not in counted)
+            if math.prod(shape[each] for each in counted) != self.num_neurons:
+                raise ValueError(f"dimension {self.dim} of shape {shape} does not count {self.num_neurons} neurons")
+            shape = (len(self.neurons), *kept)
+        if tuple(self.value.shape) != shape:
+            raise ValueError(f"its value is of shape {tuple(self.value.shape)}, not {shape}")
+        if self.kind == "delta" and not bool(self.value.isfinite().all()):
+            raise ValueError("its delta is not finite")
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def change_between(
@@ -110,7 +153,7 @@ def change_between(
     Raises:
         ValueError: If shapes or dtypes differ.
     """
-    check_alike(name, before, after)
+    check_alike(name, before, after, RESAVE)
     hashes = sha256_of(before), sha256_of(after)
     if hashes[0] == hashes[1]:
         return None
@@ -123,7 +166,12 @@ def change_between(
 
 
 def changes_between(
-    base: Mapping[str, Tensor], model: Mapping[str, Tensor], where: Where, whole: Callable[[str], bool]
+    base: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    where: Where,
+    whole: Callable[[str], bool],
+    *,
+    unread: Collection[str] = (),
 ) -> dict[str, Change]:
     """Return the change of every tensor that differs.
 
@@ -132,15 +180,19 @@ def changes_between(
         model: Those of the changed model.
         where: Which neurons of which tensors may differ.
         whole: Says of the other tensors whether they may.
+        unread: Tensors that only one side may have, because no model reads them.
 
     Raises:
         ValueError: If one has no counterpart, or differs where it may not.
     """
-    if unmatched := sorted({*base} ^ {*model}):
+    if unmatched := sorted(({*base} ^ {*model}) - {*unread}):
         side = "base" if unmatched[0] in base else "model"
-        raise ValueError(problem(f"Tensor {unmatched[0]!r} is in the {side} only", "the same tensors in both"))
+        wrong = f"Tensor {unmatched[0]!r} is in the {side} only"
+        raise ValueError(problem(wrong, "the same tensors in both", RESAVE))
     changes = {}
     for name in base:
+        if name not in model:
+            continue
         before, after = base[name], model[name]
         dim, neurons = where.get(name, (None, None))
         change = change_between(name, before, after, dim, neurons)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
+from torch_simu._files import current_umask, flush_to_disk
 from torch_simu._hashes import sha256_of
 from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
-from torch_simu.patch.change import changes_between
+from torch_simu.patch.change import Where, changes_between
+from torch_simu.patch.model import neurons_of
 from torch_simu.patch.patch import NeuronPatch
-
-_DTYPES = MappingProxyType(
-    {
-        **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-        **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-        **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    }
-)
+from torch_simu.patch.reading import Checkpoint, is_quantized, opened
+from torch_simu.patch.weights import weight_files
 
 
 def patch_between_checkpoints(
@@ -56,17 +47,25 @@ def patch_between_checkpoints(
         KeyError: If a selected layer is not in the base.
         ValueError: If something else differs, or nothing does.
     """
-    with mapped(base) as before, mapped(model) as after:
-        where = {}
-        for layer in selection:
-            name = next((key for key in (f"{layer}.weight", f"{layer}.down_proj") if key in before), None)
-            if name is None:
-                raise KeyError(problem(f"Layer {layer!r} is not in {str(base)!r}", "the checkpoint of the selection"))
-            where[name] = (_neuron_dim(name, before[name], selection.num_neurons[layer]), selection[layer])
-        allowed = (lambda name: False) if whole is None else re.compile(whole).search
-        changes = changes_between(before, after, where, lambda name: bool(allowed(name)))
+    try:
+        allowed = None if whole is None else re.compile(whole)
+    except re.error as error:
+        raise ValueError(problem(f"whole is {whole!r} ({error})", "a regular expression")) from None
+    if is_quantized(base) != is_quantized(model):
+        wrong = f"One of {str(base)!r} and {str(model)!r} holds codes, and the other weights"
+        advice = "Of a quantized model the patch is its deltas: load both, and call NeuronPatch.between."
+        raise ValueError(problem(wrong, "two checkpoints of one kind", advice))
+    with opened(base) as before, opened(model) as after:
+        changes = changes_between(
+            before,
+            after,
+            _where(before, base, selection),
+            lambda name: allowed is not None and bool(allowed.search(name)),
+            unread=before.unread | after.unread,
+        )
     if not changes:
-        raise ValueError(problem("No bit differs between base and model", "a change", "Is it the same folder?"))
+        advice = "Is it the same folder? Deltas beside codes are no part of it: load both, and use NeuronPatch.between."
+        raise ValueError(problem("No bit differs between base and model", "a change", advice))
     return NeuronPatch(changes, dict(provenance or {}))
 
 
@@ -94,93 +93,77 @@ def revert_checkpoint(patch: NeuronPatch, model: str | Path, out: str | Path) ->
 
 def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -> Audit:
     """Compare every tensor of two folders by hash, and say whether the patch, and nothing else, lies between them."""
-    with mapped(base) as before, mapped(model) as after:
-        return audit(patch.changes, before, after)
-
-
-@contextmanager
-def mapped(folder: str | Path, *, writable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of all safetensors files in a folder, mapped from disk and valid inside the block.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If a file is damaged, or two hold a tensor of the same name.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        wrong = f"Folder {str(folder)!r} has no safetensors file"
-        raise FileNotFoundError(problem(wrong, "a checkpoint", "Save the model with save_pretrained."))
-    tensors: dict[str, Tensor] = {}
-    memories: list[mmap.mmap] = []
-    with ExitStack() as stack:
-        for path in files:
-            file = stack.enter_context(path.open("r+b" if writable else "rb"))
-            # A private copy of the pages where nothing may be written: torch has no read-only tensors.
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
-            try:
-                memory = mmap.mmap(file.fileno(), 0, access=access)
-                found = _tensors_in(memory)
-            except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-                wrong = f"File {str(path)!r} is unreadable ({error})"
-                raise ValueError(problem(wrong, "a safetensors file")) from None
-            if twice := found.keys() & tensors.keys():
-                wrong = f"Tensor {min(twice)!r} is in several files of {str(folder)!r}"
-                raise ValueError(problem(wrong, "one checkpoint in the folder"))
-            tensors |= found
-            memories.append(memory)
-        yield tensors
-        if writable:
-            # On disk before the folder appears. The mappings themselves end with the last tensor.
-            for memory in memories:
-                memory.flush()
-
-
-def _tensors_in(memory: mmap.mmap) -> dict[str, Tensor]:
-    length = int.from_bytes(memory[:8], "little")
-    if 8 + length > len(memory):
-        raise ValueError("it is truncated")
-    header = json.loads(memory[8 : 8 + length])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        dtype = _DTYPES[entry["dtype"]]
-        count = math.prod(entry["shape"])
-        if stop > len(memory) or stop - start != count * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} is truncated")
-        # Of bytes first, because the start of a tensor need not be a multiple of its element's size.
-        raw = torch.frombuffer(memory, dtype=torch.uint8, count=stop - start, offset=start) if count else None
-        if raw is None:
-            tensors[name] = torch.zeros(entry["shape"], dtype=dtype)
-        elif raw.data_ptr() % dtype.itemsize:
-            raise ValueError(f"tensor {name!r} is not aligned")
-        else:
-            tensors[name] = raw.view(dtype).reshape(entry["shape"])
-    return tensors
+    with opened(base) as before, opened(model) as after:
+        return audit(patch.changes, before, after, unread=before.unread | after.unread)
 
 
 def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: bool) -> None:
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(problem(f"{str(out)!r} exists", "a new folder"))
+    source, out = Path(source), Path(out)
     if deltas := [name for name, change in patch.changes.items() if change.kind == "delta"]:
         wrong = f"The patch holds {len(deltas)} deltas beside quantized layers, such as {deltas[0]!r}"
         raise ValueError(problem(wrong, "changes of weights", "Load the model and call patch.apply(model)."))
-    with mapped(source) as tensors:
+    _check_new_folder(out, source)
+    hashes = {name: change.before if applied else change.after for name, change in patch.changes.items()}
+    with opened(source) as tensors:
         for name, change in patch.changes.items():
             if name not in tensors:
                 raise KeyError(problem(f"Tensor {name!r} is not in {str(source)!r}", "the patch's base"))
+            tensors.check_writable(name)
             change.check(name, tensors[name], applied=applied)
-            if sha256_of(change.flipped(tensors[name])) != (change.before if applied else change.after):
+            if sha256_of(change.flipped(tensors[name])) != hashes[name]:
                 raise ValueError(problem(f"The change of tensor {name!r} leads elsewhere", "what its sha256 says"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parent:
-        copy = Path(parent) / "checkpoint"
-        shutil.copytree(source, copy)
-        with mapped(copy, writable=True) as tensors:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parent:
+            copy = Path(parent) / "checkpoint"
+            _copy(source, copy)
             for name, change in patch.changes.items():
-                change.flip(tensors[name])
-        copy.rename(out)
+                tensors.write(copy, name, change.flipped(tensors[name]))
+            with opened(copy) as written:
+                for name, expected in hashes.items():
+                    if sha256_of(written[name]) != expected:
+                        wrong = f"Tensor {name!r} in the copy of {str(source)!r} is not what was written"
+                        raise ValueError(problem(wrong, "its sha256", "Did something change the files meanwhile?"))
+            for path in sorted(copy.rglob("*"), reverse=True):
+                flush_to_disk(path)
+            flush_to_disk(copy)
+            copy.rename(out)
+    flush_to_disk(out.parent)
+
+
+def _check_new_folder(out: Path, source: Path) -> None:
+    """Raise before the work begins where the result could not appear."""
+    if os.path.lexists(out):
+        raise FileExistsError(problem(f"{str(out)!r} exists", "a new folder"))
+    weight_files(source)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(problem(f"{str(out)!r} is inside of {str(source)!r}", "a folder beside it"))
+    parent = out.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(problem(f"{str(parent)!r} is no folder", "a folder to write in"))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(problem(f"Folder {str(parent)!r} is read-only", "a folder to write in"))
+
+
+def _copy(source: Path, out: Path) -> None:
+    # Without the permissions: of a read-only checkpoint the copy could not be changed, or removed.
+    shutil.copytree(source, out, copy_function=shutil.copyfile)
+    mode = 0o777 & ~current_umask()
+    for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
+        folder.chmod(mode)
+
+
+def _where(base: Checkpoint, folder: str | Path, selection: NeuronSelection) -> Where:
+    if base.model is not None:
+        return neurons_of(base.model, selection)
+    where = {}
+    for layer in selection:
+        name = next((key for key in (f"{layer}.weight", f"{layer}.down_proj") if key in base), None)
+        if name is None:
+            raise KeyError(problem(f"Layer {layer!r} is not in {str(folder)!r}", "the checkpoint of the selection"))
+        where[name] = (_neuron_dim(name, base[name], selection.num_neurons[layer]), selection[layer])
+    return where
 
 
 def _neuron_dim(name: str, tensor: Tensor, num_neurons: int) -> NeuronDim:

@@ -11,14 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.layers import (
-    attention_projections,
-    check_num_neurons,
-    check_weight,
-    neuron_dim,
-    neuron_weight,
-    select_layers,
-)
+from torch_simu.layers import attention_projections, check_num_neurons, neuron_dim, neuron_weight, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Where
 
@@ -27,7 +20,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and persistent buffers but deltas; of quantized layers a hash of codes and scales.
 
     Raises:
-        ValueError: If a tensor is sharded.
+        ValueError: If a tensor is sharded, or has no data (meta device, as that of an offloaded layer).
     """
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -37,6 +30,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, DeltaLayer):
             own = {key: value for key, value in own.items() if key not in ("delta", "idx", "weight_format")}
         prefix = f"{name}." if name else ""
+        if empty := [key for key, value in own.items() if value.device.type == "meta"]:
+            advice = "Load the model without offloading, or patch the checkpoint."
+            raise ValueError(
+                problem(f"Tensor {prefix + empty[0]!r} is on the meta device", "a tensor with data", advice)
+            )
         if holds_codes(module) or "SCB" in own:
             own.pop("SCB", None)
             digest = bytes.fromhex(fingerprint(module))
@@ -55,19 +53,21 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
     """Return what counts the neurons of each float weight of a selected layer, and the selected ones.
 
+    The weights themselves are not read: a model on the meta device will do.
+
     Raises:
         KeyError: If a layer is not in the model.
-        TypeError: If a layer belongs to another quantizer.
         ValueError: If a layer has another number of neurons than the selection says, or its weight is computed from
-            other parameters or has no data.
+            other parameters.
     """
-    layers = select_layers(model, selection) if len(selection) else {}
     where = {}
-    for name, layer in layers.items():
+    for name, layer in (select_layers(model, selection) if len(selection) else {}).items():
         check_num_neurons(name, layer, selection.num_neurons[name])
-        check_weight(name, layer)
         weight = neuron_weight(layer)
-        key = next(key for key, param in layer.named_parameters(recurse=False) if param is weight)
+        key = next((key for key, param in layer.named_parameters(recurse=False) if param is weight), None)
+        if key is None:
+            wrong = f"The weight of layer {name!r} is computed from other parameters"
+            raise ValueError(problem(wrong, "a parameter", "Remove the parametrization, in the base and the model."))
         if weight.is_floating_point():
             where[f"{name}.{key}"] = (neuron_dim(layer), selection[name])
     return where

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
-from torch_simu._files import load_tensors, save_tensors
+from torch_simu._files import kind_of, load_tensors, save_tensors
 from torch_simu._hashes import sha256_of
 from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.deltas import attach_deltas, attached_layers
@@ -116,8 +114,11 @@ class NeuronPatch:
 
     def save(self, path: str | Path) -> None:
         """Write the patch to `path` (safetensors with a JSON header), whole or not at all."""
-        tensors, header = self._content()
-        save_tensors(path, _KIND, tensors, {**header, "sha256": _digest(tensors, header)})
+        tensors: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            tensors |= {f"{name}:neurons": change.neurons, f"{name}:value": change.value.contiguous()}
+        changes = {name: change.header() for name, change in self.changes.items()}
+        save_tensors(path, _KIND, tensors, {"changes": changes, "provenance": dict(self.provenance)})
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronPatch:
@@ -128,33 +129,27 @@ class NeuronPatch:
             ValueError: If the file is damaged, was changed, or holds something else.
         """
         tensors, header = load_tensors(path, _KIND)
-        known: dict[str, object] = {key: header[key] for key in ("changes", "provenance") if key in header}
-        if header.get("sha256") != _digest(tensors, known):
-            wrong = f"File {str(path)!r} does not have the sha256 that it names"
-            raise ValueError(problem(wrong, "what NeuronPatch.save wrote", "It is damaged, or was changed."))
-        changes = cast("dict[str, dict[str, Any]]", header["changes"])
-        found = {
-            name: Change.from_file(entry, tensors[f"{name}:neurons"], tensors[f"{name}:value"])
-            for name, entry in changes.items()
-        }
-        return cls(found, cast("dict[str, object]", header["provenance"]))
+        try:
+            changes = cast("dict[str, dict[str, Any]]", header["changes"])
+            found = {
+                name: Change.from_file(entry, tensors[f"{name}:neurons"], tensors[f"{name}:value"])
+                for name, entry in changes.items()
+            }
+            return cls(found, dict(cast("dict[str, object]", header["provenance"])))
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as error:
+            wrong = f"File {str(path)!r} holds no consistent patch ({error})"
+            raise ValueError(problem(wrong, "what NeuronPatch.save wrote", "The file is damaged.")) from None
+
+    @staticmethod
+    def is_file(path: str | Path) -> bool:
+        """Return whether a file holds a patch, as its header says."""
+        return kind_of(path) == _KIND
 
     def __repr__(self) -> str:
         selected = sum(len(change.neurons) for change in self.changes.values())
         total = sum(change.num_neurons for change in self.changes.values())
         count = len(self.changes)
         return f"NeuronPatch({count} tensor{'s' * (count != 1)}, {selected} of {total} neurons)"
-
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        tensors: dict[str, Tensor] = {}
-        for name, change in self.changes.items():
-            tensors |= {f"{name}:neurons": change.neurons, f"{name}:value": change.value.contiguous()}
-        header = {
-            "changes": {name: change.header() for name, change in self.changes.items()},
-            "provenance": dict(self.provenance),
-        }
-        # As a file gives it back: tuples become lists.
-        return tensors, cast("dict[str, object]", json.loads(json.dumps(header)))
 
     def _flip(self, model: nn.Module, *, applied: bool) -> None:
         tensors, modules = tensors_of(model), dict(model.named_modules())
@@ -211,10 +206,3 @@ def _check_delta(name: str, change: Change, modules: Mapping[str, nn.Module], *,
     if (found := fingerprint(module)) != change.before:
         wrong = f"The weight of layer {layer!r} has sha256 {found[:12]}..."
         raise ValueError(problem(wrong, f"{change.before[:12]}...", "The patch was made for another base."))
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {sha256_of(tensors[name])}".encode())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from torch_simu._checks import check_choice, check_count, check_number
-from torch_simu.unlearning.objectives import OBJECTIVES
+from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_WEIGHT
 
 Where = Literal["all", "critical", "random", "every_neuron", "attention"]
 """Which weights train: all of them, critical neurons, as many random ones, all neurons, or attention projections."""
@@ -32,7 +32,7 @@ METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyTy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnlearnConfig:
-    """Every choice of an unlearning run; the defaults are a start for small models, `lr` wants tuning on others.
+    """Every choice of an unlearning run; what the optimizer takes has the optimizer's defaults, and `lr` wants tuning.
 
     Args:
         method: What is updated and how; see `METHODS`.
@@ -75,7 +75,7 @@ class UnlearnConfig:
 
     method: MethodName = "simu_graddiff"
     objective: str = "grad_diff"
-    retain_weight: float = 2.0
+    retain_weight: float = RETAIN_WEIGHT
     rule: Literal["contrast", "top", "threshold"] = "contrast"
     fraction: float = 0.1
     threshold: float = 0.3
@@ -85,12 +85,12 @@ class UnlearnConfig:
     attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
     attribution_steps: int = 10
     attribution_rows: int = 400
-    lr: float = 1e-3
+    lr: float = 1e-4
     betas: tuple[float, float] = (0.965, 0.99)
     rho: float = 0.04
     weight_decay: float = 0.0
     clip: float = 1.0
-    hessian_interval: int = 5
+    hessian_interval: int = 10
     forget_batch_size: int = 16
     retain_batch_size: int = 16
     hessian_batch_size: int = 16

@@ -22,6 +22,7 @@ from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
 from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.refresh import Refresh
 from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
 
 _EVAL_BATCH = 128
@@ -114,10 +115,11 @@ def unlearn(
             start = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
             log = [] if saved is None else saved.load(params, optimizer)
             stream = StepBatches(forget, retain, config, pad_id, model.device)
+            refresh = Refresh(retain, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
             reached = bool(log) and _reached(log[-1], config)
             while len(log) < config.max_steps and not reached:
                 number = len(log)
-                record = take_step(model, optimizer, objective, stream, config, number)
+                record = take_step(model, optimizer, objective, stream, refresh, number)
                 last = number + 1 == config.max_steps
                 if (number + 1) % config.eval_interval == 0 or last:
                     scores = score_answers(model, forget, batch_size=_EVAL_BATCH, pad_id=pad_id)

@@ -18,6 +18,9 @@ from torch_simu.curvature import scored_logits
 Batch = Mapping[str, Tensor]
 """`input_ids`, `labels` (-100 = not scored) and `attention_mask`, each of shape `(batch, length)`."""
 
+RETAIN_WEIGHT = 2.0
+"""The weight of the retain loss, unless another is given."""
+
 
 class Term(NamedTuple):
     """One summand of an objective: `weight * loss`, under a name for the log.
@@ -90,7 +93,7 @@ class GradDiff:
         GradDiff(retain_weight=2.0)
     """
 
-    retain_weight: float = 1.0
+    retain_weight: float = RETAIN_WEIGHT
 
     def __post_init__(self) -> None:
         check_number("retain_weight", self.retain_weight)
@@ -108,7 +111,7 @@ OBJECTIVES = tuple(_NAMED)
 """The names that `make_objective` knows."""
 
 
-def make_objective(name: str, *, retain_weight: float = 1.0) -> Objective:
+def make_objective(name: str, *, retain_weight: float = RETAIN_WEIGHT) -> Objective:
     """Make an objective by name; `retain_weight` goes to those that have a retain term.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,16 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
-from torch_simu.bitsandbytes.layers import holds_codes
-from torch_simu.curvature import gauss_newton_loss
-from torch_simu.deltas import attach_deltas, attached_layers
-from torch_simu.layers import attention_projections, select_layers
+from torch_simu.deltas import trained_groups
+from torch_simu.layers import attention_projections
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
-from torch_simu.unlearning.objectives import Objective, answer_logits
+from torch_simu.unlearning.objectives import Objective
+from torch_simu.unlearning.refresh import Refresh
 
 
 class NonFiniteLossError(ValueError):
@@ -41,12 +40,11 @@ class StepBatches:
     device: torch.device
 
     def batch(self, what: str, number: int) -> dict[str, Tensor]:
-        """Return the "forget", "retain" or "hessian" batch of a step, on the model's device."""
+        """Return the "forget" or the "retain" batch of a step, on the model's device."""
         config = self.config
         examples, size, offset = {
             "forget": (self.forget, config.forget_batch_size, 0),
             "retain": (self.retain, config.retain_batch_size, 1),
-            "hessian": (self.retain, config.hessian_batch_size, 2),
         }[what]
         batches = Batches(examples, min(size, len(examples)), 3 * config.seed + offset, self.pad_id)
         return {name: tensor.to(self.device) for name, tensor in batches.batch(number).items()}
@@ -85,49 +83,12 @@ def make_optimizer(
     )
 
 
-def trained_groups(
-    model: nn.Module, selection: NeuronSelection, attention: Literal["full", "frozen"]
-) -> list[dict[str, object]]:
-    """Return groups for `SIMUOptimizer`; nothing else requires a gradient afterwards.
-
-    Float layers train in place. Where a selected layer is quantized, or has a delta already, deltas train: they are
-    attached to what has none.
-
-    Args:
-        model: The model the selection was made on.
-        selection: The neurons that train.
-        attention: Whether the attention projections train whole; they must not be quantized then.
-
-    Raises:
-        ValueError: If a delta is of other neurons than the selection's, or as `NeuronSelection.param_groups` and
-            `attach_deltas` do.
-    """
-    attached = attached_layers(model)
-    if not attached and not any(holds_codes(layer) for layer in select_layers(model, selection).values()):
-        return selection.param_groups(model, attention=attention)
-    for name, layer in attached.items():
-        if name not in selection or layer.idx.tolist() != selection[name].tolist():
-            wrong = f"The delta of layer {name!r} is of other neurons than the selection's"
-            raise ValueError(problem(wrong, "the same", "Merge or detach it first."))
-    missing = {name: selection[name] for name in selection if name not in attached}
-    attach_deltas(model, NeuronSelection(missing, {name: selection.num_neurons[name] for name in missing}))
-    model.requires_grad_(False)
-    groups: list[dict[str, object]] = [{"params": [layer.delta for layer in attached_layers(model).values()]}]
-    if attention == "full":
-        # Refused by the selection's own message if these are quantized, too.
-        groups += NeuronSelection({}, {}).param_groups(model, attention="full")
-    for group in groups:
-        for param in cast("list[nn.Parameter]", group["params"]):
-            param.requires_grad_(True)
-    return groups
-
-
 def take_step(
     model: PreTrainedModel,
     optimizer: Optimizer,
     objective: Objective,
     stream: StepBatches,
-    config: UnlearnConfig,
+    refresh: Refresh,
     number: int,
 ) -> Record:
     """Descend the objective once, refresh the curvature when it is due, and return the record.
@@ -145,16 +106,9 @@ def take_step(
         record["loss"] += term.weight * value
     if not math.isfinite(record["loss"]):
         wrong = f"The loss of step {number + 1} is {record['loss']}"
-        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {config.lr:g})."))
+        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {stream.config.lr:g})."))
     optimizer.step()
-    if isinstance(optimizer, SIMUOptimizer) and optimizer.hessian_due:
-        optimizer.zero_grad()
-        batch = stream.batch("hessian", number)
-        # Seeded by the step, so that a resumed run samples the labels that the unbroken one would have.
-        draw = torch.Generator(model.device).manual_seed(config.seed * 1_000_003 + number)
-        loss, num_tokens = gauss_newton_loss(answer_logits(model, batch), batch["labels"], generator=draw)
-        loss.backward()
-        optimizer.update_hessian(num_tokens)
-        record["refreshed"] = True
     optimizer.zero_grad()
+    if isinstance(optimizer, SIMUOptimizer) and refresh.after_step(model, optimizer, number):
+        record["refreshed"] = True
     return record

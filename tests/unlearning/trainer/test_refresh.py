@@ -8,7 +8,8 @@ import torch
 from tests.unlearning.trainer.trainer_runs import OPTIONS, RETAIN, SEED, make_model, make_refresh, make_selection
 from torch_simu import SIMUOptimizer
 from torch_simu.unlearning.data.examples import Example, collate
-from torch_simu.unlearning.trainer.refresh import CurvatureRefresh, find_simu_optimizer
+from torch_simu.unlearning.refresh import find_simu_optimizer
+from torch_simu.unlearning.trainer.refresh import CurvatureRefresh
 
 
 def curvature(refresh, step=0):

@@ -33,7 +33,7 @@ from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import collate
 from torch_simu.unlearning.data.pairs import ForgetRetainPairs, PairCollator
 from torch_simu.unlearning.objectives import GradDiff, Term, mean_answer_nll
-from torch_simu.unlearning.trainer.refresh import find_simu_optimizer
+from torch_simu.unlearning.refresh import find_simu_optimizer
 from torch_simu.unlearning.trainer.trainer import SIMUOptimizerFactory
 
 

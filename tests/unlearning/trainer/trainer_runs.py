@@ -14,7 +14,8 @@ from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.pairs import ForgetRetainPairs
 from torch_simu.unlearning.objectives import GradDiff
-from torch_simu.unlearning.trainer.refresh import CurvatureRefresh, find_simu_optimizer
+from torch_simu.unlearning.refresh import find_simu_optimizer
+from torch_simu.unlearning.trainer.refresh import CurvatureRefresh
 from torch_simu.unlearning.trainer.trainer import SIMUOptimizerFactory, UnlearningTrainer
 
 OPTIONS = {"lr": 1e-2, "rho": 0.5, "hessian_interval": 2, "weight_decay": 0.1, "state_dtype": torch.float64}
@@ -48,7 +49,17 @@ def make_refresh(retain=RETAIN, **options):
     return CurvatureRefresh(retain, **{"batch_size": 4, "seed": SEED, **options})
 
 
-def make_trainer(model, folder, callbacks=(), objective=None, attention="frozen", pairs=None, **arguments):
+def make_trainer(
+    model,
+    folder,
+    callbacks=(),
+    objective=None,
+    attention="frozen",
+    pairs=None,
+    options=None,
+    refresh_seed=SEED,
+    **arguments,
+):
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": STEPS,
@@ -62,14 +73,14 @@ def make_trainer(model, folder, callbacks=(), objective=None, attention="frozen"
         "disable_tqdm": True,
         "logging_strategy": "no",
     }
-    options = {"selection": make_selection(model), "attention": attention, **OPTIONS}
+    options = {"selection": make_selection(model), "attention": attention, **OPTIONS, **(options or {})}
     return UnlearningTrainer(
         model,
         TrainingArguments(str(folder), **{**defaults, **arguments}),
         objective=objective or GradDiff(2.0),
         train_dataset=pairs or ForgetRetainPairs(FORGET, RETAIN, seed=SEED, num_pairs=4 * STEPS),
         optimizer_cls_and_kwargs=(SIMUOptimizerFactory, options),
-        callbacks=[make_refresh(), *callbacks],
+        callbacks=[make_refresh(seed=refresh_seed), *callbacks],
     )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.unlearning.trainer.trainer_runs import make_model, make_refresh, make_trainer
-from torch_simu.unlearning.trainer.refresh import find_simu_optimizer
+from torch_simu.unlearning.refresh import find_simu_optimizer
 
 
 def curvature_behind(model, optimizer, saved):

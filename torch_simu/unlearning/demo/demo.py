@@ -47,6 +47,7 @@ def _shared_choices() -> UnlearnConfig:
     return UnlearnConfig(
         retain_weight=1.0,
         fraction=0.1,
+        hessian_interval=5,
         attribution_steps=5,
         forget_batch_size=24,
         retain_batch_size=24,

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from torch_simu._checks import problem
 from torch_simu.curvature import IGNORED
-from torch_simu.deltas import attached_layers
+from torch_simu.deltas import attached_layers, trained_groups
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.data.pairs import PairCollator
 from torch_simu.unlearning.objectives import Objective
-from torch_simu.unlearning.steps import trained_groups
 
 _UNITS = ("forget tokens", "retain tokens", "pairs")
 
@@ -40,7 +39,7 @@ class SIMUOptimizerFactory:
         model: nn.Module,
         *,
         selection: NeuronSelection,
-        attention: Literal["full", "frozen"] = "full",
+        attention: Literal["full", "frozen"] = "frozen",
         **options: Any,
     ) -> SIMUOptimizer:
         """Return an optimizer of the selected neurons, or of their deltas; nothing else requires a gradient afterwards.

@@ -1,0 +1,1 @@
+"""What of each claim its own rows bear out."""

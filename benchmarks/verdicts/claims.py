@@ -1,0 +1,86 @@
+"""What the benchmarks claim, each in words that its rows can deny."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from benchmarks.verdicts import forgetting, optimizer, planted, speed
+from benchmarks.verdicts.parts import Part, Row, verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A sentence, and the parts of it that rows can deny."""
+
+    text: str
+    parts: Callable[[Sequence[Row]], Iterable[Part]]
+
+    def verdict(self, content: Mapping[str, object]) -> dict[str, object]:
+        """What the rows of a result say of the claim; those of hooks stand beside the others."""
+        return verdict(self.parts([*content["rows"], *content.get("hooks", ())]))
+
+
+CLAIMS: Mapping[str, Claim] = MappingProxyType(
+    {
+        "optimizer_step": Claim(
+            "At 5 % of 4 layers of 1024 x 4096 (fp32, one thread): 15 times faster than dense masked Sophia, twice as "
+            "fast as fused AdamW; on compact parameters 40 times faster than dense masked Sophia.",
+            optimizer.step,
+        ),
+        "optimizer_memory": Claim(
+            "The state of selected neurons takes at most 1.02 times two compact moments in float32.", optimizer.memory
+        ),
+        "demo": Claim(
+            "At a mean forget probability of at most 0.1, SIMU keeps more of the retain set and of the world facts "
+            "(EM) than first- and second-order GradDiff on all weights.",
+            forgetting.keeps_more,
+        ),
+        "demo_tuning": Claim(
+            "Step size and curvature scale of each of the demo's methods are the best of eight by retain EM at the "
+            "forget target.",
+            forgetting.tuning,
+        ),
+        "tofu_forget01": Claim(
+            "torch-simu unlearn forgets TOFU forget01 in a small model trained on TOFU rows: at a mean forget "
+            "probability of at most 0.1, SIMU keeps more of the retain set and of the world facts (EM) than first- "
+            "and second-order GradDiff on all weights.",
+            forgetting.keeps_more,
+        ),
+        "robustness": Claim(
+            "What was forgotten stays forgotten after rounding to 8 and 4 bits, and is relearned no faster than by a "
+            "model that never saw it.",
+            forgetting.robustness,
+        ),
+        "planted": Claim(
+            "Exact attribution finds planted columns with a mean AUC of at least 0.95 and better than every other "
+            "method, each under its best rule, and a better mask forgets deeper.",
+            planted.planted,
+        ),
+        "knockout": Claim(
+            "Neurons that support the log-likelihood of the forget set hold it: without them it is lost. Those that "
+            "the literal loss selects are not missed.",
+            planted.knockout,
+        ),
+        "attribution": Claim(
+            "Packed attribution equals one pass per prefix; it is at least 15 times faster with all positions of 48 "
+            "scored and 30 times with a quarter, and takes at most 1.1 of the time of the layerwise approximation; "
+            "hooks add at most 5 % to a forward and backward pass.",
+            speed.attribution,
+        ),
+        "hooks": Claim(
+            "On a 4-layer Llama (d 512, ff 2048, fp32, one thread) register_neuron_hooks adds at most 5 % to a "
+            "forward and backward pass; where weights are trained it adds no memory but one sum per layer, where they "
+            "are frozen the captured activations, which nothing else keeps.",
+            speed.hooks,
+        ),
+        "deltas": Claim(
+            "Under checkpointing 8-bit layers with deltas hold at most 0.25 of bitsandbytes' own layers; gradients "
+            "and state are those of the selected columns; at 5 % a forward and backward pass over float layers takes "
+            "at most 0.9 of one with a masked dense gradient.",
+            speed.deltas,
+        ),
+    }
+)
+"""Name -> claim. A result file holds the sentence, which no two claims share."""

@@ -1,0 +1,73 @@
+"""What the rows say of forgetting, keeping and relearning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from benchmarks.verdicts.parts import Part, Row, part
+from torch_simu.unlearning.demo.demo import DemoRecipe
+
+TARGET = 0.1
+SETS = ("retain", "world")
+FIRST_AND_SECOND_ORDER = ("fo_graddiff", "so_graddiff")
+NEVER_UNLEARNED = ("before", "retrained")
+
+
+def averaged(rows: Sequence[Row], name: str, measure: str, **keys: object) -> float | None:
+    """The mean of a measure of a set over the rows with these keys; None where there are none."""
+    found = [row[name][measure] for row in rows if keys.items() <= row.items()]
+    return mean(found) if found else None
+
+
+def keeps_more(rows: Sequence[Row]) -> Iterator[Part]:
+    """What SIMU keeps at the forget target, beside steps on all weights that have reached it as well."""
+    ours = averaged(rows, "forget", "probability", method="simu_graddiff")
+    yield part("mean forget probability of SIMU", ours, "at most", TARGET)
+    reached = ours is not None and ours <= TARGET
+    for other in FIRST_AND_SECOND_ORDER:
+        theirs = averaged(rows, "forget", "probability", method=other)
+        # What is kept before the target is reached does not compare.
+        compares = reached and theirs is not None and theirs <= TARGET
+        for name in SETS:
+            kept, bar = (averaged(rows, name, "em", method=method) for method in ("simu_graddiff", other))
+            claim = f"mean {name} EM of SIMU, beside that of {other}"
+            yield part(claim, kept if compares else None, "more than", bar if compares else None)
+
+
+def tuning(rows: Sequence[Row]) -> Iterator[Part]:
+    """For each method, what the demo's choice keeps of the retain set, beside the best of the other tries."""
+    for method, choice in DemoRecipe().tuned.items():
+        tries: dict[bool, dict[tuple[object, ...], list[float]]] = {True: {}, False: {}}
+        for row in rows:
+            if row["method"] == method:
+                group = tries[choice.items() <= row.items()]
+                key = (row["lr"], row.get("rho"))
+                group.setdefault(key, []).append(row["retain"]["em"] if row["reached"] else 0.0)
+        mine, others = (max(map(mean, group.values()), default=None) for group in (tries[True], tries[False]))
+        count = len(tries[True]) + len(tries[False])
+        yield part(f"tries of {method}", count or None, "at least", 8)
+        said = ", ".join(f"{name} {value:g}" for name, value in choice.items())
+        yield part(f"mean retain EM of {method} at {said}, beside its best other try", mine, "at least", others)
+
+
+def robustness(rows: Sequence[Row]) -> Iterator[Part]:
+    """Mean extraction strength (ES) after rounding and after the most steps of relearning, method by method."""
+    last = max((row.get("relearn_steps", 0) for row in rows), default=0)
+
+    def strength(method: str, attack: str, **keys: object) -> float | None:
+        return averaged(rows, "forget", "es", method=method, attack=attack, **keys)
+
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name not in NEVER_UNLEARNED]
+    for method in methods:
+        before = strength(method, "none")
+        for kind in ("8bit", "4bit"):
+            after = strength(method, f"rounded to {kind}")
+            rise = None if before is None or after is None else after - before
+            yield part(f"rise of the ES of {method}, rounded to {kind}", rise, "at most", 0.01)
+    for attack in ("relearned from a third of the forget people", "relearned from unseen people"):
+        bar = strength("retrained", attack, relearn_steps=last)
+        for method in methods:
+            after = strength(method, attack, relearn_steps=last)
+            claim = f"ES of {method}, {attack}, beside that of retrained"
+            yield part(claim, after, "at most", bar)

@@ -1,0 +1,45 @@
+"""The driver and the Trainer are one method: from the same seed they make the same steps."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, SEED, STEPS, make_model, make_selection, make_trainer
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.driver import unlearn
+
+CONFIG = UnlearnConfig(
+    lr=1e-2,
+    rho=0.5,
+    hessian_interval=2,
+    weight_decay=0.1,
+    retain_weight=2.0,
+    forget_batch_size=4,
+    retain_batch_size=4,
+    hessian_batch_size=4,
+    max_steps=STEPS,
+    forget_target=None,
+    seed=SEED,
+)
+
+
+def test_the_driver_and_the_trainer_make_the_same_steps_from_the_same_seed(tmp_path):
+    driven, trained = make_model(), make_model()
+    log = unlearn(driven, FORGET, RETAIN, config=CONFIG, selection=make_selection(driven)).log
+    trainer = make_trainer(trained, tmp_path, options={"state_dtype": torch.float32})
+    trainer.train()
+    assert [record.get("refreshed", False) for record in log] == [True, False, True, False, True]
+    before = dict(make_model().named_parameters())
+    for (name, mine), theirs in zip(driven.named_parameters(), trained.parameters(), strict=True):
+        # The Trainer pads its batches otherwise and adds up another order: only rounding differs.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7, msg=name)
+        assert torch.equal(mine, before[name]) == (".down_proj." not in name)
+
+
+def test_another_seed_of_the_refresh_makes_other_steps(tmp_path):
+    """The mutant: labels drawn from another seed, as the driver once did."""
+    driven, trained = make_model(), make_model()
+    unlearn(driven, FORGET, RETAIN, config=CONFIG, selection=make_selection(driven))
+    make_trainer(trained, tmp_path, options={"state_dtype": torch.float32}, refresh_seed=SEED + 1).train()
+    pairs = zip(driven.parameters(), trained.parameters(), strict=True)
+    assert max((mine - theirs).abs().max().item() for mine, theirs in pairs) > 1e-5

@@ -1,0 +1,76 @@
+"""Guard: whether gradients are finite, and how many steps and refreshes were stopped because one was not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import problem
+from torch_simu.optimizer.entries import Entry, agreed
+
+
+class Guard:
+    """Looks at gradients, and counts what they stopped.
+
+    One object for an optimizer and everything that wraps it with a copy of its attributes.
+    """
+
+    def __init__(self) -> None:
+        self._here, self._said = 0, 0
+        self._there: dict[torch.device, Tensor] = {}
+
+    @property
+    def num_stopped(self) -> int:
+        """How many steps and refreshes were stopped; reads the device."""
+        return self._here + sum(int(count) for count in self._there.values())
+
+    def passes(self, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], what: str) -> Tensor | bool:
+        """Say whether all gradients are finite, in every process that holds a shard.
+
+        Args:
+            entries: Their entries.
+            groups: The optimizer's, which say whether it is capturable.
+            what: What is made of the gradients, for the warning.
+
+        Returns:
+            A bool on the CPU; a scalar on the device where reading it would wait, or `capturable` asks for it.
+        """
+        if not entries:
+            return True
+        # Both are NaN where an entry is; one vectorized pass, unlike a norm.
+        bounds = [bound for entry in entries if entry.grad.numel() for bound in torch.aminmax(entry.grad)]
+        finite = torch.ones((), dtype=torch.bool, device=entries[0].grad.device)
+        if bounds:
+            finite = torch.stack([bound.isfinite().to(bounds[0].device) for bound in bounds]).all()
+        finite = agreed(finite, entries)
+        if finite.device.type == "cpu" and not any(group["capturable"] for group in groups):
+            if finite:
+                return True
+            self._here += 1
+            # Torch wraps a step twice, a refresh once.
+            self.say(what, frames=6 if what == "step" else 5)
+            return False
+        if finite.device not in self._there:
+            self._there[finite.device] = torch.zeros((), dtype=torch.int64, device=finite.device)
+        self._there[finite.device] += ~finite
+        return finite
+
+    def say(self, what: str = "", *, frames: int = 3) -> None:
+        """Warn of what was stopped since the last time, this step or this refresh; reads the device."""
+        stopped, said = self.num_stopped, self._said
+        if stopped == said:
+            return
+        self._said = stopped
+        wrong = f"A selected gradient is not finite; this {what} changed nothing ({stopped} so far)"
+        if not what:
+            wrong = f"Selected gradients were not finite; {stopped - said} steps or refreshes changed nothing"
+        advice = "Lower lr or check the loss."
+        warnings.warn(problem(wrong, "finite gradients", advice), RuntimeWarning, stacklevel=frames)
+
+    def clear(self) -> None:
+        """Forget what was stopped."""
+        self.__init__()  # type: ignore[misc]
