@@ -200,7 +200,7 @@ class NeuronSelection(Mapping[str, Tensor]):
         """
         check_choice("attention", attention, ("full", "frozen"))
         modules = select_layers(model, self) if len(self) else {}
-        projections = attention_projections(model) if attention == "full" else {}
+        projections = _attention(model) if attention == "full" else {}
         groups: dict[NeuronDim, dict[str, object]] = {}
         for name, module in modules.items():
             check_kind(name, module)
@@ -299,6 +299,15 @@ class NeuronSelection(Mapping[str, Tensor]):
         if layer not in self._indices:
             raise KeyError(problem(f"Layer {layer!r} is not in the selection", f"one of {list(self._indices)}"))
         return layer
+
+
+def _attention(model: nn.Module) -> dict[str, nn.Module]:
+    try:
+        return attention_projections(model)
+    except (ValueError, TypeError) as error:
+        # Its advice is a pattern, which is no argument here.
+        wrong = str(error).partition(", expected ")[0]
+        raise type(error)(problem(wrong, "known ones for attention='full'", "Pass attention='frozen'.")) from error
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:

@@ -33,7 +33,8 @@ DELTAS = "deltas.safetensors"
 BASE_STILL_KNOWS = (
     "The weights in this folder are the untouched quantized base, which still knows the forget set; what makes it "
     f"forget is {DELTAS} beside it. The figures hold for both together: load them with "
-    "torch_simu.cli.loading.load_model or torch-simu. Other loaders open the base alone; for a folder that forgets in any loader, use --save-as float."
+    "torch_simu.cli.loading.load_model or torch-simu. Other loaders open the base alone; for a folder that forgets "
+    "in any loader, use --save-as float."
 )
 """What a report says of the folder of a quantized model."""
 
