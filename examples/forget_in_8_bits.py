@@ -15,7 +15,8 @@ from torch_simu import NeuronPatch, SIMUOptimizer, attach_deltas, attribute_neur
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 torch.manual_seed(0)
 
-# A model that has memorized two texts; with a model of your own: from_pretrained(..., load_in_8bit=True).
+# A model that has memorized two texts. With a model of your own:
+# AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).
 model = LlamaForCausalLM(
     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 )

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tests.models import tiny
 from tests.quantized import eight_bit, four_bit
 from tests.strategies import normal
-from torch_simu import NeuronPatch, NeuronSelection, attach_deltas, attribute_neurons, detach_deltas, merge_deltas
+from torch_simu import NeuronSelection, attach_deltas, attribute_neurons, detach_deltas, merge_deltas
 from torch_simu.deltas import attached_layers
 from torch_simu.layers import check_kind, check_weight
 
@@ -159,14 +159,10 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("change", [*COMPUTED.values(), nn.utils.weight_norm], ids=[*COMPUTED, "old weight norm"])
-def test_a_weight_that_is_computed_is_refused_by_deltas_groups_and_patches(change) -> None:
+def test_a_weight_that_is_computed_is_refused_by_deltas_and_groups(change) -> None:
     model = nn.Sequential(change(nn.Linear(SIZE, WIDTH)))
     message = r"Layer '0', a .*Linear, computes its (weight|bias) from other parameters, expected .* of its own"
-    for use in (
-        lambda: attach_deltas(model, CHOSEN),
-        lambda: CHOSEN.param_groups(model, attention="frozen"),
-        lambda: NeuronPatch.between(model, model, CHOSEN),
-    ):
+    for use in (lambda: attach_deltas(model, CHOSEN), lambda: CHOSEN.param_groups(model, attention="frozen")):
         with pytest.raises(ValueError, match=message):
             use()
     assert not attached_layers(model)

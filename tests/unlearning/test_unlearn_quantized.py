@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests.cli.test_cli import call, files, options  # noqa: F401 (a fixture)
 from tests.quantized import quantized
@@ -35,6 +37,46 @@ def test_the_command_forgets_through_deltas_and_writes_the_untouched_base(files,
     measured = json.loads((tmp_path / "measured.json").read_text())["methods"]["model"]
     wanted = rows["simu_graddiff"]["forget"]["probability"]
     assert measured["forget"]["probability"] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_second_request_forgets_more_and_keeps_what_the_first_one_changed(files, tmp_path, kind, capsys):  # noqa: F811
+    first, second = tmp_path / "first", tmp_path / "second"
+    quick = ["--lr", 3e-2, "--max-steps", 4, "--batch-size", 6, "--forget-target", 0.0]
+    sets = options(files, "forget", "retain")
+    call("unlearn", *sets, "--out", first, "--load-in", kind, "--fraction", 0.1, *quick)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "untouched quantized base, which still knows the forget set" in said and "--save-as float" in said
+    assert "still knows the forget set" in (first / "report.md").read_text()
+    swapped = options(files, "forget", "retain", model=first, forget=files / "world.jsonl")
+    call("unlearn", *swapped, "--out", second, "--fraction", 0.2, *quick)
+    before, after = (attached_layers(load_model(str(folder))[0]) for folder in (first, second))
+    asked = NeuronSelection.load(second / "selection.safetensors")
+    for name, layer in after.items():
+        union = set(before[name].idx.tolist()) | set(asked[name].tolist())
+        assert layer.idx.tolist() == sorted(union)
+        held = [neuron for neuron in before[name].idx.tolist() if neuron not in set(asked[name].tolist())]
+        old = before[name].delta[:, torch.isin(before[name].idx, torch.tensor(held))]
+        assert torch.equal(layer.delta[:, torch.isin(layer.idx, torch.tensor(held))], old)
+        assert fingerprint(layer) == fingerprint(before[name])
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_float_folder_forgets_in_any_loader(files, tmp_path, kind, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3, "--save-as", "float"]
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == 0
+    assert "still knows" not in " ".join(capsys.readouterr().out.split())
+    assert not (out / "deltas.safetensors").exists()
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert all(type(layer) is nn.Linear for layer in plain.modules() if isinstance(layer, nn.Linear))
+    rows = json.loads((out / "report.json").read_text())["methods"]
+    wanted = rows["simu_graddiff"]["forget"]["probability"]
+    assert wanted < rows["before"]["forget"]["probability"] - 0.2
+    assert call("evaluate", *options(files, "forget", "retain", model=out), "--out", tmp_path / "measured.json") == 0
+    measured = json.loads((tmp_path / "measured.json").read_text())["methods"]["model"]
+    assert measured["forget"]["probability"] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_attention_trains_whole_where_it_keeps_its_weights(files, tmp_path):  # noqa: F811
@@ -76,4 +118,6 @@ def test_methods_that_train_codes_are_refused(files, tmp_path, capsys):  # noqa:
     assert "Method 'fo_graddiff' trains weights that are quantized" in capsys.readouterr().err
     assert call("unlearn", *common, "--load-in", "3bit") == 2
     assert "load_in is '3bit', expected one of '8bit', '4bit'" in capsys.readouterr().err
+    assert call("unlearn", *common, "--save-as", "flot") == 2
+    assert "save_as is 'flot', expected one of 'loaded', 'float'. Did you mean 'float'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -143,8 +143,8 @@ def check_unpacked(what: str, layer: nn.Module) -> None:
 
 
 def holds_codes(layer: nn.Module) -> bool:
-    """Say whether a layer's weight is quantized."""
-    return is_8bit(layer) or is_4bit(layer)
+    """Say whether a layer's weight is quantized, with a delta or without."""
+    return is_8bit(layer) or is_4bit(layer) or _has_plain_codes(layer)
 
 
 def linear_4bit(layer: Any, x: Tensor) -> Tensor:
@@ -166,6 +166,22 @@ def linear_4bit(layer: Any, x: Tensor) -> Tensor:
     return cast("Tensor", found.to(x.dtype))
 
 
+def decoded_weight(layer: nn.Module) -> Tensor:
+    """Return the values of a quantized layer's codes, in float32. Shape: `(out_features, in_features)`.
+
+    Raises:
+        ValueError: If 4-bit codes were packed for inference.
+    """
+    if is_4bit(layer):
+        check_unpacked(f"The codes of a {type(layer).__name__}", layer)
+        functional, weight = require_bitsandbytes("4-bit layers"), cast("Any", layer.weight)
+        return cast("Tensor", functional.dequantize_4bit(weight.data, weight.quant_state)).to(torch.float32, copy=True)
+    if _has_plain_codes(layer):
+        return _decoded(cast("Tensor", layer.weight).detach(), cast("Tensor", layer.SCB), torch.float32)
+    codes, scales = eight_bit_codes(layer)
+    return _decoded(codes.detach(), scales, torch.float32)
+
+
 def fingerprint(layer: nn.Module) -> str:
     """Return the sha256 of a layer's weight: of codes and scales where it is quantized.
 
@@ -183,6 +199,11 @@ def fingerprint(layer: nn.Module) -> str:
         state = getattr(layer.weight, "quant_state", None)
         parts += [value for _, value in sorted(state.as_dict(packed=True).items())] if state is not None else []
     return sha256_of_all(("", part) for part in parts)
+
+
+def _has_plain_codes(layer: nn.Module) -> bool:
+    # What `take_codes` made of an 8-bit layer.
+    return isinstance(layer._buffers.get("SCB"), Tensor)
 
 
 def _is_named(layer: nn.Module, name: str) -> bool:

@@ -121,6 +121,9 @@ def unlearn(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     load_in: Annotated[str | None, typer.Option(help="Quantize the model first: 8bit or 4bit.")] = None,
+    save_as: Annotated[
+        str, typer.Option(help="loaded, or float: one plain model for any loader, also of a quantized one.")
+    ] = "loaded",
     device: Device = None,
     force: Force = False,
 ) -> None:
@@ -154,6 +157,7 @@ def unlearn(
             config,
             loading=Loading(dtype, device, load_in),
             measuring=Measuring(batch_size, max_length),
+            save_as=save_as,
             force=force,
             progress=progress,
         )

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.attribution import Attribution
-from torch_simu.cli.loading import DELTAS, Loading, quiet_transformers
+from torch_simu.cli.loading import BASE_STILL_KNOWS, DELTAS, Loading, quiet_transformers
 from torch_simu.cli.measuring import Measuring
-from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
+from torch_simu.deltas import attached_layers, decode_model, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import encode
@@ -38,13 +38,15 @@ def unlearn_job(
     *,
     loading: Loading | None = None,
     measuring: Measuring | None = None,
+    save_as: str = "loaded",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
     The run is checkpointed in `OUT.run` beside it; called again after a kill, it goes on from there. Of a quantized
-    model (`load_in` "8bit" or "4bit") the untouched base is written, and the deltas beside it.
+    model (`load_in` "8bit" or "4bit", or saved so) the untouched base is written, and the deltas beside it; with
+    `save_as` "float" the values of its codes as float weights instead, with the deltas in them.
 
     Args:
         model: Folder of the model and its tokenizer.
@@ -53,6 +55,7 @@ def unlearn_job(
         config: Every choice of the run.
         loading: How the model is loaded.
         measuring: How the sets are measured.
+        save_as: "loaded": codes and deltas apart; "float": a plain model of float weights.
         force: Replace an older result at `out`.
         progress: Told of each stage.
 
@@ -66,6 +69,7 @@ def unlearn_job(
         ImportError: If matplotlib is not installed.
     """
     loading, measuring = loading or Loading(), measuring or Measuring()
+    check_choice("save_as", save_as, ("loaded", "float"))
     check_writable(out, force=force, inputs=[model, *sets.values()])
     check_plots()
     if loading.load_in is not None and config.where in ("all", "attention"):
@@ -89,6 +93,9 @@ def unlearn_job(
             checkpoint=checkpoint,
             progress=progress,
         )
+        if save_as == "float":
+            # Before it is measured: the figures are those of what is written.
+            decode_model(net)
         after = MethodResult(
             measuring.measures(net, tokenizer, rows, "evaluate after", progress),
             done.changed_share,
@@ -104,6 +111,7 @@ def unlearn_job(
             [
                 *bargain(before, after, config.forget_target, reached=done.reached),
                 *([] if done.attribution is None else [missed(done.attribution)]),
+                *([BASE_STILL_KNOWS] if attached_layers(net) else []),
             ],
             reached=done.reached,
         )

@@ -33,6 +33,15 @@ DELTAS = "deltas.safetensors"
 """Where the deltas of a quantized model are, in its folder."""
 
 
+BASE_STILL_KNOWS = (
+    "The weights in this folder are the untouched quantized base, which still knows the forget set; what makes it "
+    f"forget is {DELTAS} beside it. The figures hold for both together: load them with "
+    "torch_simu.cli.loading.load_model or torch-simu. Other loaders open the base alone; for a folder that forgets "
+    "in any loader, use --save-as float."
+)
+"""What a report says of the folder of a quantized model."""
+
+
 def load_model(
     source: str,
     *,
@@ -92,6 +101,10 @@ def load_model(
         raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
     if getattr(model, "hf_quantizer", None) is None:
         nn.Module.to(model, place)
+    # How bitsandbytes' tensors were read has no way back in transformers 5.23, which save_pretrained asks for: they
+    # are written as they are.
+    if conversions := cast("Any", model).__dict__.get("_weight_conversions"):
+        cast("Any", model)._weight_conversions = [each for each in conversions if not _is_of_bitsandbytes(each)]
     keep_codes_as_loaded(model)
     if (deltas := folder / DELTAS).is_file():
         load_deltas(model, deltas)
@@ -152,6 +165,11 @@ def _check_whole(source: str, found: Mapping[str, Collection[Any]]) -> None:
     else:
         advice = "Are config.json and the weights of one model, and is none of the files missing?"
     raise ValueError(problem(f"The weights of {source!r} {' and '.join(said)}", "all of the model's", advice))
+
+
+def _is_of_bitsandbytes(conversion: object) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(each).__module__.endswith(".bitsandbytes") for each in operations)
 
 
 def _is_weight(name: str) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+import torch
 from torch import nn
 
-from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import holds_codes
-from torch_simu.deltas.attach import attach_deltas, attached_layers
+from torch_simu.deltas.attach import attached_layers
+from torch_simu.deltas.widen import widen_deltas
 from torch_simu.layers import select_layers
 from torch_simu.neurons import NeuronSelection
 
@@ -18,8 +19,9 @@ def trained_groups(
 ) -> list[dict[str, object]]:
     """Return groups for `SIMUOptimizer`; nothing else requires a gradient afterwards.
 
-    Float layers train in place. Where a selected layer is quantized, or has a delta already, deltas train: they are
-    attached to what has none.
+    Float layers train in place. Where a selected layer is quantized, or any layer has a delta already, deltas train:
+    they are attached to what has none, and widened where they are of other neurons. Only the columns of the selection
+    train then; what an earlier selection changed stays as it is, to the last bit.
 
     Args:
         model: The model the selection was made on.
@@ -27,20 +29,20 @@ def trained_groups(
         attention: Whether the attention projections train whole; they must not be quantized then.
 
     Raises:
-        ValueError: If a delta is of other neurons than the selection's, or as `NeuronSelection.param_groups` and
-            `attach_deltas` do.
+        ValueError: As `NeuronSelection.param_groups` and `attach_deltas` do.
     """
     attached = attached_layers(model)
     if not attached and not any(holds_codes(layer) for layer in select_layers(model, selection).values()):
         return selection.param_groups(model, attention=attention)
-    for name, layer in attached.items():
-        if name not in selection or layer.idx.tolist() != selection[name].tolist():
-            wrong = f"The delta of layer {name!r} is of other neurons than the selection's"
-            raise ValueError(problem(wrong, "the same", "Merge or detach it first."))
-    missing = {name: selection[name] for name in selection if name not in attached}
-    attach_deltas(model, NeuronSelection(missing, {name: selection.num_neurons[name] for name in missing}))
+    widened = widen_deltas(model, selection)
+    columns: list[list[int] | None] = []
+    for name in widened:
+        idx = attached_layers(model)[name].idx
+        chosen = torch.searchsorted(idx, selection[name].to(idx.device)).tolist()
+        # What an earlier selection changed is held, unless it is selected again.
+        columns.append(None if len(chosen) == len(idx) else chosen)
     model.requires_grad_(False)
-    groups: list[dict[str, object]] = [{"params": [layer.delta for layer in attached_layers(model).values()]}]
+    groups: list[dict[str, object]] = [{"params": list(widened.values()), "neurons": columns}]
     if attention == "full":
         # Refused by the selection's own message if these are quantized, too.
         groups += NeuronSelection({}, {}).param_groups(model, attention="full")

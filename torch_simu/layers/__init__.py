@@ -1,7 +1,6 @@
 """Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
 
-from torch_simu.layers.checks import check_num_neurons, check_unshared
-from torch_simu.layers.door import check_kind, check_weight
+from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.groups import neuron_groups
 from torch_simu.layers.kinds import (
     d_model,

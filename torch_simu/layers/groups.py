@@ -9,8 +9,7 @@ from torch import nn
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.columns import NeuronDim
-from torch_simu.layers.checks import check_num_neurons, check_unshared
-from torch_simu.layers.door import check_kind, check_weight
+from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.kinds import neuron_dim, neuron_weight
 from torch_simu.layers.projections import attention_projections, select_layers
 
@@ -28,7 +27,7 @@ def neuron_groups(
     """
     check_choice("attention", attention, ("full", "frozen"))
     modules = select_layers(model, neurons) if neurons else {}
-    projections = attention_projections(model) if attention == "full" else {}
+    projections = _attention(model) if attention == "full" else {}
     groups: dict[NeuronDim, dict[str, object]] = {}
     for name, module in modules.items():
         check_kind(name, module)
@@ -63,3 +62,12 @@ def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
     if not param.is_floating_point():
         wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
         raise ValueError(problem(wrong, "a floating-point weight", advice))
+
+
+def _attention(model: nn.Module) -> dict[str, nn.Module]:
+    try:
+        return attention_projections(model)
+    except (ValueError, TypeError) as error:
+        # Its advice is a pattern, which is no argument here.
+        wrong = str(error).partition(", expected ")[0]
+        raise type(error)(problem(wrong, "known ones for attention='full'", "Pass attention='frozen'.")) from error

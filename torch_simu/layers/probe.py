@@ -30,7 +30,9 @@ def probed_projections(model: nn.Module) -> tuple[set[str], set[str]]:
     """Return the names of the down projections and of the attention projections, found by one short forward pass.
 
     Each child of a block is called again with its first token changed. Where later tokens move, its linear layers are
-    attention projections; where none does, the last one that is called is a down projection (or the fused experts are).
+    attention projections, unless it mixes by a convolution or a recurrence; where none does, the last one that is
+    called is a down projection (or the fused experts are). A child that holds such a child beside others is a block
+    itself, as one that several layers share.
 
     Args:
         model: A causal language model whose blocks are in a `ModuleList`.
@@ -46,18 +48,17 @@ def probed_projections(model: nn.Module) -> tuple[set[str], set[str]]:
         module.training = False
     try:
         with torch.no_grad():
-            calls = _recorded(model, [child for group in groups for child in group], names)
+            inner = [part for group in groups for child in group for part in _children(child)]
+            calls = _recorded(model, [child for group in groups for child in group] + inner, names)
             down: set[str] = set()
             attention: set[str] = set()
             for group in groups:
                 token_wise = []
-                for child in group:
-                    if child not in calls or not calls[child].layers:
-                        continue
-                    if _mixes(child, calls[child]):
-                        attention.update(calls[child].layers)
-                    else:
+                for child in _flat(group, calls):
+                    if not _mixes(child, calls[child]):
                         token_wise.append(calls[child].layers)
+                    elif _attends(model, child, calls[child]):
+                        attention.update(calls[child].layers)
                 down |= _down(model, token_wise)
     finally:
         for module in training:
@@ -83,16 +84,29 @@ def _children(block: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _flat(group: list[nn.Module], calls: dict[nn.Module, _Call]) -> list[nn.Module]:
+    """The children that hold layers, with those of a block that stands among them in its place."""
+    found = []
+    for child in filter(lambda each: each in calls and calls[each].layers, group):
+        parts = [part for part in _children(child) if part in calls and len(calls[part].layers) > 1]
+        nested = len(parts) > 1 and _mixes(child, calls[child]) and any(_mixes(part, calls[part]) for part in parts)
+        found += parts if nested else [child]
+    return found
+
+
 def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, _Call]:
     calls: dict[nn.Module, _Call] = {}
-    inside = {layer: child for child in children for layer in child.modules() if has_neurons(layer)}
+    inside: dict[nn.Module, list[nn.Module]] = {}
+    for child in dict.fromkeys(children):
+        for layer in filter(has_neurons, child.modules()):
+            inside.setdefault(layer, []).append(child)
 
     def called(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(child, _Call(args, kwargs))
 
     def layer_called(layer: nn.Module, *_: object) -> None:
-        if inside[layer] in calls:
-            calls[inside[layer]].layers.append(names[layer])
+        for child in filter(calls.__contains__, inside[layer]):
+            calls[child].layers.append(names[layer])
 
     embeddings = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     size, device = (embeddings.num_embeddings, embeddings.weight.device) if embeddings else (0, torch.device("cpu"))
@@ -101,7 +115,7 @@ def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module
         raise ValueError(problem(wrong, "a model with its weights", "Name the layers with a pattern."))
     ids = torch.randint(1, size, (1, _LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     with ExitStack() as stack:
-        for child in children:
+        for child in dict.fromkeys(children):
             stack.callback(child.register_forward_pre_hook(called, with_kwargs=True).remove)
         # After those of the children: a layer that is itself a child is recorded in its own call.
         for layer in inside:
@@ -135,6 +149,15 @@ def _mixes(child: nn.Module, call: _Call) -> bool:
     return bool((tokens[0] - tokens[1]).abs().max() > _MOVED * tokens[0].abs().max())
 
 
+def _attends(model: nn.Module, child: nn.Module, call: _Call) -> bool:
+    """Say whether a part that mixes positions is attention whose weights are all in its linear layers."""
+    # Convolutions have parameters of three dimensions, and so have recurrences and projections fused by experts.
+    if any(param.dim() > 2 for param in child.parameters()):
+        return False
+    # In a model that also has a recurrent state.
+    return not getattr(model, "_is_stateful", False) or any("mask" in key for key in call.kwargs)
+
+
 def _output(value: object) -> Tensor:
     while not isinstance(value, Tensor):
         assert isinstance(value, tuple | list)
@@ -148,15 +171,12 @@ def _down(model: nn.Module, token_wise: list[list[str]]) -> set[str]:
         return set()
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     gives: Callable[[str], bool] = lambda name: d_model(model.get_submodule(name)) == width  # noqa: E731
-    groups = (
-        token_wise
-        if any(len(layers) > 1 for layers in token_wise)
-        else [[name for layers in token_wise for name in layers]]
-    )
-    found: set[str] = set()
-    for layers in groups:
-        experts = [name for name in layers if is_fused_experts(model.get_submodule(name))]
-        dense = [name for name in layers if name not in experts and gives(name)]
+    experts = {name for layers in token_wise for name in layers if is_fused_experts(model.get_submodule(name))}
+    # Beside an MLP of several layers a lone one is glue, as behind a block that others share.
+    groups = [layers for layers in token_wise if len(layers) > 1]
+    found = set(experts)
+    for group in groups or [[name for layers in token_wise for name in layers]]:
+        dense = [name for name in group if name not in experts and gives(name)]
         # A router or a gate of shared experts has one output, or one for each expert, and comes before.
-        found |= {*experts, *dense[-1:]}
+        found |= {*dense[-1:]}
     return found

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from torch import nn
 
 from torch_simu._checks import problem
-from torch_simu.layers.door import check_kind
+from torch_simu.layers.checks import check_kind
 from torch_simu.layers.kinds import has_neurons, num_neurons
 from torch_simu.layers.probe import probed_projections
 
@@ -106,7 +106,12 @@ def down_projections(model: nn.Module, pattern: str | None = None) -> dict[str, 
 
 
 def attention_projections(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
-    """Return the attention projections (queries, keys, values, output); arguments and errors as `down_projections`."""
+    """Return the attention projections: every linear layer inside the parts of a block by which positions attend.
+
+    Queries, keys, values and output, fused or not, with what leads to them where they are made in two steps, and gates.
+    Norms are no projections, and mixers with a convolution or a recurrence are no attention. Arguments and errors as
+    `down_projections`.
+    """
     return _projections(model, pattern, 1, "attention projections")
 
 
@@ -124,14 +129,16 @@ def _projections(model: nn.Module, pattern: str | None, which: int, what: str) -
 def _known(model: nn.Module, which: int, what: str) -> set[str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     table = _FAMILIES[model_type][which] if isinstance(model_type, str) and model_type in _FAMILIES else None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        wrong = f"{type(model).__name__} has an encoder and a decoder"
+        raise ValueError(problem(wrong, "a model of one kind of blocks, or a pattern", _candidates(model)))
     answers: dict[str, set[str]] = {}
     if table is not None:
         answers["the table of known models"] = _matching(model, table)
-    # The plan leaves out how queries, keys and values are cut where that is not by columns: it only settles the MLPs.
-    if planned := _planned(model, which):
+    # The plan leaves out how queries, keys and values are cut where that is not by columns: it settles the MLPs only.
+    if which == 0 and (planned := _planned(model)):
         answers["the tensor-parallel plan"] = planned
-    # What mixes positions in a model with a recurrent state is not attention alone.
-    if table is None and not (which == 1 and getattr(model, "_is_stateful", False)):
+    if table is None:
         # Models fail in many ways on a call that they do not foresee, and a plan may stand alone.
         with suppress(ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError):
             answers["a run on a few tokens"] = probed_projections(model)[which]
@@ -141,7 +148,7 @@ def _known(model: nn.Module, which: int, what: str) -> set[str]:
         raise ValueError(problem(wrong, f"one of {', '.join(_FAMILIES)}, or a pattern", _candidates(model)))
     (first, names), *others = answers.items()
     for other, theirs in others:
-        if theirs != names and (which == 0 or not theirs <= names):
+        if theirs != names:
             example = sorted(names ^ theirs)[0]
             sides = f"{first} and {other} differ on {len(names ^ theirs)} {what} of {type(model).__name__}"
             wrong = f"{sides[0].upper()}{sides[1:]}: {example!r} is in {first if example in names else other} only"
@@ -149,15 +156,10 @@ def _known(model: nn.Module, which: int, what: str) -> set[str]:
     return names
 
 
-def _planned(model: nn.Module, which: int) -> set[str]:
+def _planned(model: nn.Module) -> set[str]:
     """The layers that the tensor-parallel plan cuts along their inputs ("rowwise"): those that sum over neurons."""
     plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {}
-    attention = re.compile(r"attn|attention")
-    keys = [
-        key
-        for key, style in plan.items()
-        if "wise" in style and ("rowwise" in style or which == 1) and bool(attention.search(key)) == bool(which)
-    ]
+    keys = [key for key, style in plan.items() if "rowwise" in style and not re.search(r"attn|attention", key)]
     # A key such as layers.*.mlp.experts.down_proj names a parameter; the layer is the module that holds it.
     keys = [re.sub(r"(\bexperts)\.down_proj$", r"\1", key) for key in keys]
     pattern = "|".join(re.escape(key).replace(r"\*", r"\d+") for key in keys)

@@ -52,10 +52,14 @@ def test_codes_without_deltas_cannot_be_trained(model):
         allow_quantized_training(model(attach=False))
 
 
-def test_a_delta_of_other_neurons_is_refused(model, tmp_path):
+def test_a_delta_of_other_neurons_is_held_beside_those_that_train(model, tmp_path):
     found = model(attach=False)
-    other = make_selection(found)
-    layer = next(iter(other))
-    attach_deltas(found, NeuronSelection({layer: [0]}, {layer: other.num_neurons[layer]}))
-    with pytest.raises(ValueError, match=f"The delta of layer '{layer}' is of other neurons than the selection's"):
-        make_trainer(found, tmp_path).train()
+    asked = make_selection(found)
+    layer = next(iter(asked))
+    held = int((~asked.mask(layer)).nonzero()[0])
+    attach_deltas(found, NeuronSelection({layer: [held]}, {layer: asked.num_neurons[layer]}))[layer].data.fill_(0.5)
+    make_trainer(found, tmp_path).train()
+    after = attached_layers(found)[layer]
+    assert after.idx.tolist() == sorted([held, *asked[layer].tolist()])
+    assert after.delta[:, after.idx == held].eq(0.5).all()
+    assert after.delta[:, after.idx != held].any()
