@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -14,7 +15,7 @@ except ImportError as error:
         "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
     ) from error
 
-from torch_simu.cli.console import progress_bars, show_report
+from torch_simu.cli.console import progress_bars, show_report, show_text
 from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.cli.patch import app as patch_app
 from torch_simu.unlearning.config import METHODS, MethodName, UnlearnConfig
@@ -142,6 +143,7 @@ def unlearn(
             load_in=load_in,
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     show_report(console, report)
     console.print(f"Model, selection, step log and report: {out}", highlight=False)
@@ -183,6 +185,7 @@ def evaluate(
             device=device,
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     show_report(console, report)
     for name, value in figures.items():
@@ -228,6 +231,7 @@ def attribute(
             device=device,
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     console.print(f"{selection}\nScores, selection and heat map: {out}", highlight=False)
 

@@ -55,5 +55,10 @@ def show_report(console: Console, report: Report) -> None:
         console.print(note, style="dim", highlight=False)
 
 
+def show_text(console: Console, text: str) -> None:
+    """Print a text of a file as it stands, without markup and colors."""
+    console.print(text, markup=False, highlight=False, emoji=False, style="dim")
+
+
 def _four(value: float) -> str:
     return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]

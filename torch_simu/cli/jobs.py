@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ from torch_simu.cli.loading import DELTAS, load_model, quiet_transformers
 from torch_simu.deltas import attached_layers, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.examples import encode, show_example
 from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
@@ -26,6 +26,9 @@ from torch_simu.unlearning.progress import Progress, part_of, renamed
 from torch_simu.unlearning.report.folder import check_writable, whole_folder
 from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import Measures, MethodResult, Report, write_json, write_log
+
+Show = Callable[[str], None]
+"""Called once, before the work begins, with the text of the first row to forget as the model reads it."""
 
 Sources = Mapping[str, str]
 """Set -> its file or data set; "forget" and "retain" are always there."""
@@ -43,6 +46,7 @@ def unlearn_job(
     load_in: str | None = None,
     force: bool = False,
     progress: Progress,
+    show: Show | None = None,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
@@ -58,6 +62,7 @@ def unlearn_job(
     net, tokenizer = load_model(
         model, dtype=dtype, device=device, load_in=load_in, float_attention=config.attention == "full"
     )
+    _show_first(rows, tokenizer, max_length, show)
     examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
     before = MethodResult(_measures(net, tokenizer, rows, max_length, progress, "evaluate before"))
     kept = {name: part for name, part in examples.items() if name != "forget"}
@@ -123,6 +128,7 @@ def attribute_job(
     device: str | None = None,
     force: bool = False,
     progress: Progress,
+    show: Show | None = None,
 ) -> NeuronSelection:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
@@ -135,6 +141,7 @@ def attribute_job(
         raise ValueError(problem("rule is 'contrast' without a retain set", "--retain", "Or take --rule top."))
     rows = _rows({"forget": forget} | ({} if retain is None else {"retain": retain}))
     net, tokenizer = load_model(model, dtype=dtype, device=device)
+    _show_first(rows, tokenizer, max_length, show)
     examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
     selection, attribution = choose_neurons(
         net, examples["forget"], examples.get("retain", []), config, pad_id=pad_id(tokenizer, net), progress=progress
@@ -170,6 +177,7 @@ def evaluate_job(
     device: str | None = None,
     force: bool = False,
     progress: Progress,
+    show: Show | None = None,
 ) -> tuple[Report, dict[str, float]]:
     """Measure a model, beside a reference if there is one, and by a benchmark's suite if one is named.
 
@@ -191,6 +199,7 @@ def evaluate_job(
     named = ({} if reference is None else {"reference": reference}) | {"model": model}
     for name, source in named.items():
         net, tokenizer = load_model(source, dtype=dtype, device=device)
+        _show_first(rows, tokenizer, max_length, show if len(methods) == 0 else None)
         stage = f"evaluate {name}"
         methods[name] = MethodResult(_measures(net, tokenizer, rows, max_length, progress, stage, max_new_tokens))
         if suite is None:
@@ -216,6 +225,14 @@ def evaluate_job(
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
     return report, figures
+
+
+def _show_first(
+    rows: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, show: Show | None
+) -> None:
+    if show is not None:
+        (example,) = encode(rows["forget"][:1], tokenizer, max_length=max_length)
+        show(f"First row to forget, its scored part between >>> and <<<:\n{show_example(example, tokenizer)}\n")
 
 
 def _rows(sets: Sources) -> dict[str, list[Row]]:
