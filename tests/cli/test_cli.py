@@ -13,6 +13,7 @@ from tests.unlearning.test_driver import RECIPE, _memorized
 from torch_simu import NeuronSelection
 from torch_simu.attribution import Attribution
 from torch_simu.cli.app import main
+from torch_simu.unlearning.data.rows import load_rows
 from torch_simu.unlearning.demo.demo import make_fiction
 
 SETS = ("forget", "retain", "world")
@@ -80,6 +81,18 @@ def test_evaluate_prints_and_writes_both_models(files, tmp_path, capsys):
     methods = json.loads(out.read_text())["methods"]
     assert methods["reference"]["forget"] == methods["model"]["forget"]
     assert "reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "attribute"])
+def test_the_first_row_is_shown_once_with_its_scored_part_marked(files, tmp_path, capsys, command):
+    rows = options(files, "forget", "retain")
+    reference = ["--reference", files / "model"] if command == "evaluate" else ["--steps", 2]
+    assert call(command, *rows, *reference, "--out", tmp_path / "out") == 0
+    row = load_rows(files / "forget.jsonl")[0]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("First row to forget") == 1
+    prompt, scored = shown.split(">>> and <<<:")[1].split("<<<")[0].split(">>>")
+    assert row.question.split()[0] in prompt and row.answer.split()[0] in scored
 
 
 def write(path, *rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -14,7 +15,7 @@ except ImportError as error:
         "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
     ) from error
 
-from torch_simu.cli.console import plain, progress_bars, say, show_report
+from torch_simu.cli.console import plain, progress_bars, say, show_report, show_text
 from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
@@ -160,6 +161,7 @@ def unlearn(
             save_as=save_as,
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     show_report(console, report)
     say(console, f"Model, selection, step log and report: {out}")
@@ -200,6 +202,7 @@ def evaluate(
             measuring=Measuring(batch_size, max_length, max_new_tokens),
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     show_report(console, report)
     for name, value in figures.items():
@@ -246,6 +249,7 @@ def attribute(
             max_length=max_length,
             force=force,
             progress=progress,
+            show=partial(show_text, console),
         )
     say(console, selection)
     say(console, missed(attribution))

@@ -77,5 +77,10 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def show_text(console: Console, text: str) -> None:
+    """Print a text of a file as it stands, without markup and colors."""
+    console.print(text, markup=False, highlight=False, emoji=False, style="dim")
+
+
 def _four(value: float) -> str:
     return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"[1:]

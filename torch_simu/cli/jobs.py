@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from torch_simu.cli.measuring import Measuring
 from torch_simu.deltas import attached_layers, decode_model, detach_deltas, save_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.examples import encode, show_example
 from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
@@ -25,6 +25,9 @@ from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import MethodResult, Report, bargain, write_json, write_log
+
+Show = Callable[[str], None]
+"""Called once, before the work begins, with the text of the first row to forget as the model reads it."""
 
 Sources = Mapping[str, str]
 """Set -> its file or data set; "forget" and "retain" are always there."""
@@ -41,6 +44,7 @@ def unlearn_job(
     save_as: str = "loaded",
     force: bool = False,
     progress: Progress | None = None,
+    show: Show | None = None,
 ) -> Report:
     """Make a model forget, and write model, selection, scores, step log, plots and report into the folder `out`.
 
@@ -58,6 +62,7 @@ def unlearn_job(
         save_as: "loaded": codes and deltas apart; "float": a plain model of float weights.
         force: Replace an older result at `out`.
         progress: Told of each stage.
+        show: Told the first row to forget, as the model reads it.
 
     Returns:
         The report; `Report.reached` says whether the forget target was reached.
@@ -79,6 +84,7 @@ def unlearn_job(
     with locked(out):
         net, tokenizer = loading.load(model, float_attention=config.attention == "full")
         _check_saves(net)
+        _show_first(rows, tokenizer, measuring.max_length, show)
         examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
         before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress))
         kept = {name: part for name, part in examples.items() if name != "forget"}
@@ -146,6 +152,7 @@ def attribute_job(
     max_length: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    show: Show | None = None,
 ) -> tuple[NeuronSelection, Attribution]:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
@@ -160,6 +167,7 @@ def attribute_job(
     rows = _rows({"forget": forget} | ({} if retain is None else {"retain": retain}))
     with locked(out):
         net, tokenizer = (loading or Loading()).load(model)
+        _show_first(rows, tokenizer, max_length, show)
         examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
         selection, attribution = choose_neurons(
             net,
@@ -209,6 +217,7 @@ def evaluate_job(
     measuring: Measuring | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    show: Show | None = None,
 ) -> tuple[Report, dict[str, float]]:
     """Measure a model, beside a reference if there is one, and by a benchmark's suite if one is named.
 
@@ -231,6 +240,7 @@ def evaluate_job(
     named = ({} if reference is None else {"reference": reference}) | {"model": model}
     for name, source in named.items():
         net, tokenizer = loading.load(source)
+        _show_first(rows, tokenizer, measuring.max_length, None if methods else show)
         methods[name] = MethodResult(measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress))
         if suite is None:
             continue
@@ -250,6 +260,14 @@ def evaluate_job(
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
     return report, figures
+
+
+def _show_first(
+    rows: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, show: Show | None
+) -> None:
+    if show is not None:
+        (example,) = encode(rows["forget"][:1], tokenizer, max_length=max_length)
+        show(f"First row to forget, its scored part between >>> and <<<:\n{show_example(example, tokenizer)}\n")
 
 
 def _rows(sets: Sources) -> dict[str, list[Row]]:

@@ -88,6 +88,13 @@ def test_prompt_answer_and_end_are_what_the_template_writes(template, texts):
     assert (scored[-1] == tokenizer.eos_token_id) == (texts[2] in ("", "<e>"))
 
 
+def test_the_law_fails_where_the_end_token_stands_for_the_end_of_the_turn(monkeypatch):
+    monkeypatch.setattr(chat, "_end", lambda after, tokenizer: "")
+    texts = ("<user>Who?<|im_end|><assistant>", "Bob", "<|im_end|>")
+    with pytest.raises(AssertionError):
+        test_prompt_answer_and_end_are_what_the_template_writes(NO_OPENING, texts)
+
+
 @pytest.mark.parametrize("template", [GEMMA, QWEN, LLAMA, CHAT], ids=["gemma", "qwen3", "llama3", "space"])
 @pytest.mark.parametrize("answer", ["e", "end_of_turn", "user", "Who?", "<", "{{ 1 }}", "a\n\nb"])
 def test_an_answer_that_stands_elsewhere_in_the_template_is_still_found(template, answer):

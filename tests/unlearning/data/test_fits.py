@@ -15,6 +15,7 @@ from torch_simu.unlearning.data.examples import Example, encode
 from torch_simu.unlearning.data.fits import check_fits, num_embeddings, num_positions
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
+from torch_simu.unlearning.metrics import generation
 from torch_simu.unlearning.metrics.evaluate import evaluate
 from torch_simu.unlearning.metrics.generation import generate_answers
 from torch_simu.unlearning.metrics.scoring import score_answers
@@ -50,6 +51,18 @@ def test_a_table_of_fixed_positions_ends_too():
         check_fits(model, [Example((1,) * 17, (-100,) + (1,) * 16)])
 
 
+def test_a_model_that_reads_on_is_not_bounded():
+    from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    falcon = FalconForCausalLM(FalconConfig(**sizes, **ends, alibi=True, max_position_embeddings=4))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2, **ends))
+    for model in (falcon, bloom, tiny_model(word_tokenizer())):
+        assert num_positions(model) is None
+        assert len(score_answers(model, [Example((1,) * 30, (-100,) + (1,) * 29)])["nll"]) == 1
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=5), st.integers(1, 3))
 def test_rows_that_fit_are_answered_and_none_depends_on_the_others(family, sizes, batch_size):
@@ -68,6 +81,14 @@ def test_rows_that_fit_are_answered_and_none_depends_on_the_others(family, sizes
     assert together == alone
     assert len(score_answers(model, fits, batch_size=batch_size)["nll"]) == len(fits)
     generate_answers(model, tokenizer, fits, batch_size=batch_size, max_new_tokens=50)
+
+
+def test_the_law_fails_for_a_batch_that_generates_as_much_for_every_row(monkeypatch):
+    pair = [Example((5,) * p + (6,) * a, (-100,) * p + (6,) * a) for p, a in ((18, 1), (1, 18))]
+    assert len(generate_answers(learned("gpt2", 20), word_tokenizer(eos=None), pair)) == 2
+    monkeypatch.setattr(generation, "num_positions", lambda model: None)
+    with pytest.raises(IndexError):
+        generate_answers(learned("gpt2", 20), word_tokenizer(eos=None), pair)
 
 
 @pytest.mark.parametrize("work", [score_answers, lambda m, e: generate_answers(m, word_tokenizer(), e)])

@@ -133,3 +133,18 @@ def test_generation_ends_at_each_of_several_end_tokens_and_restores_the_settings
     texts = generate_answers(model, tokenizer, encode(ROWS, tokenizer), max_new_tokens=9)
     assert texts[0] == "Ada" and texts[4] == "Ada is" and texts[2] == "roses"
     assert model.generation_config is own
+
+
+def test_long_prompts_are_cut_for_a_model_of_few_positions():
+    tokenizer = word_tokenizer()
+    model = tiny_model(tokenizer, "gpt2")
+    long = {name: [replace(row, question="Who ? " * 40 + row.question) for row in rows] for name, rows in SETS.items()}
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *call: calls.append(call))
+    with pytest.raises(DataError, match=r"has 64 positions, .* max_length=64"):
+        tofu_suite(model, tokenizer, {**SETS, "world_facts": long["world_facts"]}, max_new_tokens=3)
+    assert not calls
+    hook.remove()
+    assert tofu_suite(model, tokenizer, long, max_new_tokens=3, max_length=64)["sets"]
+    lume = {name: [replace(row, question="Who ? " * 40 + row.question) for row in rows] for name, rows in LUME.items()}
+    assert lume_suite(model, tokenizer, lume, max_new_tokens=3, max_length=64)["num_terms"] == 6

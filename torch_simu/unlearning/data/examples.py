@@ -39,8 +39,8 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    place: str = field(default="", compare=False)
-    num_end: int = field(default=0, compare=False)
+    place: str = field(default="", compare=False, repr=False)
+    num_end: int = field(default=0, compare=False, repr=False)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

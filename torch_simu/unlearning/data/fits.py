@@ -15,7 +15,7 @@ def num_positions(model: nn.Module) -> int | None:
     """Return how many tokens the model can read at once, or None where nothing bounds them.
 
     Learned positions and tables of fixed ones end, as in GPT-2, OPT and GPT-J. Rotary positions that are computed as
-    they are needed do not: beyond the length of the training a model is worse, but not wrong.
+    they are needed do not, nor do biases by distance: beyond the trained length a model is worse, but not wrong.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -26,7 +26,8 @@ def num_positions(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     if config is None or any(hasattr(module, "inv_freq") for module in model.modules()):
         return None
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions = None if getattr(text, "alibi", False) else getattr(text, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

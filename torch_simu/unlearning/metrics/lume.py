@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch_simu._checks import problem
 from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.evaluate import harmonic_mean, mean
 from torch_simu.unlearning.metrics.generation import check_rouge, generate_answers, rouge_l_recall
@@ -75,6 +76,7 @@ def lume_suite(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 256,
+    max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
     """Measure a model as the LUME benchmark does: greedy generation from the raw input.
@@ -88,6 +90,7 @@ def lume_suite(
         sets: Rows of "forget" and "retain", each with `id` and `task`.
         batch_size: Rows per call of `model.generate`.
         max_new_tokens: Largest number of tokens to generate.
+        max_length: Largest number of tokens of prompt and answer; see `torch_simu.unlearning.data.examples.encode`.
         progress: Told of the stage "lume", in rows.
 
     Returns:
@@ -99,13 +102,17 @@ def lume_suite(
         ImportError: If the package `rouge-score` is not installed.
     """
     check_lume(sets)
+    # All sets are encoded before the first is measured, which takes long.
+    examples = {name: encode(rows, tokenizer, max_length=max_length, template="raw") for name, rows in sets.items()}
+    for of_set in examples.values():
+        check_fits(model, of_set)
     total, done = sum(map(len, sets.values())), 0
     generations: dict[str, list[str]] = {}
     for name, rows in sets.items():
         generations[name] = generate_answers(
             model,
             tokenizer,
-            encode(rows, tokenizer, template="raw"),
+            examples[name],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=part_of(renamed(progress, lambda _: "lume"), done, total),

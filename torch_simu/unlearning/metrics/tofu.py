@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch_simu._checks import problem
 from torch_simu.unlearning.data.error import DataError
-from torch_simu.unlearning.data.examples import Template, encode
+from torch_simu.unlearning.data.examples import Example, Template, encode
+from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.metrics.evaluate import evaluate, harmonic_mean, mean
@@ -89,6 +90,7 @@ def tofu_suite(
     reference: Mapping[str, Sequence[float]] | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 200,
+    max_length: int | None = None,
     template: Template = "auto",
     progress: Progress | None = None,
 ) -> dict[str, object]:
@@ -101,6 +103,7 @@ def tofu_suite(
         reference: The "log_truth_ratios" of this function's result for a model trained on the retain set only.
         batch_size: Rows per forward pass.
         max_new_tokens: Largest number of tokens to generate.
+        max_length: Largest number of tokens of prompt and answer; see `torch_simu.unlearning.data.examples.encode`.
         template: How a question becomes a prompt; see `torch_simu.unlearning.data.examples.render`.
         progress: Told of the stage "tofu", in rows.
 
@@ -116,6 +119,10 @@ def tofu_suite(
         ImportError: If the package `rouge-score`, or `scipy` with a reference, is not installed.
     """
     check_tofu(sets, quality=reference is not None)
+    # All sets are encoded before the first is measured, which takes long.
+    options = {name: _option_examples(tokenizer, rows, max_length, template) for name, rows in sets.items()}
+    for examples in options.values():
+        check_fits(model, examples)
     work = {name: 3 * len(rows) + sum(len(wrong_answers(row)) for row in rows) for name, rows in sets.items()}
     total, done = sum(work.values()), 0
     values: dict[str, TofuValues] = {}
@@ -127,10 +134,11 @@ def tofu_suite(
             rows,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            max_length=max_length,
             template=template,
             progress=part_of(part, 0, total),
         )
-        nlls = _option_nlls(model, tokenizer, rows, batch_size, template, part_of(part, 2 * len(rows), total))
+        nlls = _option_nlls(model, tokenizer, rows, options[name], batch_size, part_of(part, 2 * len(rows), total))
         values[name] = TofuValues(scores.values, *nlls)
         done += work[name]
     return tofu_figures(values, reference=reference)
@@ -213,20 +221,25 @@ def _check_sets(sizes: Mapping[str, int]) -> None:
         raise ValueError(problem(f"The sets have {dict(sizes)} rows", f"some in each of {sorted(known)}"))
 
 
+def _option_examples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None, template: Template
+) -> list[Example]:
+    """Encode each row's right (paraphrased) answer, and then each of its wrong ones."""
+    right = [replace(row, answer=str(row.extra.get("paraphrased_answer") or row.answer)) for row in rows]
+    wrong = [replace(row, answer=text) for row in rows for text in wrong_answers(row)]
+    return encode([*right, *wrong], tokenizer, max_length=max_length, template=template)
+
+
 def _option_nlls(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
+    examples: Sequence[Example],
     batch_size: int,
-    template: Template,
     progress: Progress | None,
 ) -> tuple[list[float], list[list[float]]]:
-    """Return the mean nll of each row's right (paraphrased) answer, and of each of its wrong ones."""
-    right = [replace(row, answer=str(row.extra.get("paraphrased_answer") or row.answer)) for row in rows]
-    wrong = [[replace(row, answer=text) for text in wrong_answers(row)] for row in rows]
-    examples = encode([*right, *(option for options in wrong for option in options)], tokenizer, template=template)
-    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=pad_id(tokenizer, model), progress=progress)[
-        "nll"
-    ]
+    """Return the mean nll of each row's right answer, and of each of its wrong ones."""
+    padding = pad_id(tokenizer, model)
+    nlls = score_answers(model, examples, batch_size=batch_size, pad_id=padding, progress=progress)["nll"]
     remaining = iter(nlls[len(rows) :])
-    return nlls[: len(rows)], [[next(remaining) for _ in options] for options in wrong]
+    return nlls[: len(rows)], [[next(remaining) for _ in wrong_answers(row)] for row in rows]
