@@ -56,9 +56,6 @@ def neuron_groups(
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:
-    if param.is_meta:
-        where = "Load the model, or keep the layer on a device that is not offloaded."
-        raise ValueError(problem(f"The weight of layer {name!r} is on the meta device", "data", where))
     if not param.is_floating_point():
         wrong = f"The weight of layer {name!r} holds {param.dtype} codes"
         raise ValueError(problem(wrong, "a floating-point weight", advice))
