@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_simu._checks import check_choice, check_number
 from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
-from torch_simu.attribution.completeness import check_complete, warn_incomplete
+from torch_simu.attribution.completeness import IncompleteError, check_complete, warn_incomplete
 from torch_simu.attribution.experts import check_linear
 from torch_simu.attribution.frozen import frozen
 from torch_simu.attribution.methods.call import device_of
@@ -86,7 +86,8 @@ def attribute_neurons(
         rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left").
         method: "prefix" runs one pass per prefix; "packed" many samples in one pass, over cached keys and values;
             "decode" each sample as one token behind its cached prefix, as in generation; "auto" is the first of
-            "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning. "layerwise"
+            "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning; where one of
+            them is asked for, the same check refuses it. "layerwise"
             and "joint" are rough: they change all positions, or all positions and layers, at once.
         resume: A file for partial sums, written every ten seconds and when an exception interrupts. A call with the
             same arguments goes on from there; the file is deleted when the result is complete.
@@ -100,6 +101,7 @@ def attribute_neurons(
         Scores of every neuron, `completeness_error` of every layer, and provenance.
 
     Raises:
+        IncompleteError: If a layer's scores miss more than `max_completeness_error` of the change that they explain.
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
             cannot be exact on this model, `resume` holds another attribution, or the processes of `group` were given
             different things.
@@ -107,7 +109,7 @@ def attribute_neurons(
         KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
 
     Warns:
-        UserWarning: If "auto" has to take "prefix".
+        UserWarning: If "auto" has to take "prefix", or a layer's scores miss more than 1 %.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,7 +119,7 @@ def attribute_neurons(
         >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
         >>> attribution = attribute_neurons(model, [{"input_ids": ids, "labels": ids}])
         >>> attribution
-        Attribution(2 layers, 24 neurons, 4 samples)
+        Attribution(2 layers, 24 neurons, 4 samples, 0.0% incomplete at most)
         >>> attribution.top(0.25).num_selected
         6
     """
@@ -165,9 +167,13 @@ def attribute_neurons(
         provenance,
         {name: each.change_size for name, each in sums.items()},
     )
-    # Before the file goes: with another bound, a second call needs no second attribution.
     if max_completeness_error is not None:
-        check_complete(attribution, max_completeness_error)
+        try:
+            check_complete(attribution, max_completeness_error)
+        except IncompleteError:
+            # With another bound, the next call has the sums.
+            checkpoint.save(partial, now=True)
+            raise
         warn_incomplete(attribution)
     checkpoint.remove()
     return attribution

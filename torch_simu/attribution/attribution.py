@@ -37,8 +37,9 @@ class Attribution:
             activation, summed over samples. A contrast has none.
         num_samples: How many samples were summed.
         provenance: How the scores came about: objective, rule, steps, method and model; nothing of the data.
-        change_size: Layer -> sum over samples of the size of that change. Of each sample at least 16 roundings (of the
-            model's coarsest dtype) of the objective count, below which nothing can be told. A contrast has none.
+        change_size: Layer -> sum over samples of the size of that change. Of each sample counts at least the share of
+            the objective that rounding hides: 1e-4, or 16 roundings of the coarsest dtype (0.125 in bfloat16). A
+            contrast has none.
 
     Examples:
         >>> scores = {"mlp": torch.tensor([0.1, 2.0, -3.0, 1.0], dtype=torch.float64)}

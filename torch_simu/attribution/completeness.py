@@ -36,9 +36,11 @@ def check_complete(attribution: Attribution, limit: float = 0.2) -> None:
     Examples:
         >>> scores = {"mlp": torch.tensor([1.0, 2.0]).double()}
         >>> check_complete(Attribution(scores, {"mlp": -0.5}, 1, {}, change_size={"mlp": 3.5}))
-        >>> check_complete(Attribution(scores, {"mlp": -7.0}, 1, {}, change_size={"mlp": 10.0}))
-        Traceback (most recent call last):
-        torch_simu.attribution.completeness.IncompleteError: The scores of layer 'mlp' miss 70.0% of the change that ...
+        >>> try:
+        ...     check_complete(Attribution(scores, {"mlp": -7.0}, 1, {}, change_size={"mlp": 10.0}))
+        ... except IncompleteError as error:
+        ...     error.attribution.incompleteness
+        {'mlp': 0.7}
     """
     if wrong := _worst(attribution, limit):
         advice = (

@@ -107,4 +107,4 @@ def _precision(model: nn.Module) -> float:
     """Return the share of F below which the model's rounding hides a change."""
     # Layers with 8-bit codes round activations, too.
     dtypes = {torch.bfloat16 if param.dtype == torch.int8 else param.dtype for param in model.parameters()}
-    return 16 * max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+    return max([1e-4, *(16 * torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)])
