@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_the_verdict_of_a_result_file_is_recomputed_from_its_rows(path):
 
 def test_no_two_claims_share_a_sentence():
     assert len(BY_TEXT) == len(CLAIMS)
+
+
+def test_every_benchmark_writes_a_claim_that_has_a_verdict():
+    found = [
+        ast.literal_eval(keyword.value)
+        for path in RESULTS.parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "write_result"
+        for keyword in node.keywords
+        if keyword.arg == "claim"
+    ]
+    assert sorted(found) == sorted(CLAIMS)
 
 
 @pytest.mark.parametrize("wrong", ["no verdict", "another row", "a verdict by hand", "another claim"])
