@@ -228,3 +228,27 @@ def test_a_full_disk_leaves_nothing_behind(made, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match="No space left on device"):
         apply_to_checkpoint(patch, root / "base", root / "out")
     assert files(root) == before and sorted(path.name for path in root.iterdir()) == ["base", "model"]
+
+
+def test_what_is_no_folder_is_named(made) -> None:
+    root, patch = made
+    with pytest.raises(FileNotFoundError, match="Folder 'someone/something' does not exist, expected the folder of a"):
+        apply_to_checkpoint(patch, "someone/something", root / "out")
+    with pytest.raises(FileNotFoundError, match="config.json' is a file, expected the folder of a checkpoint"):
+        verify_checkpoint(patch, root / "base", root / "model" / "config.json")
+    (root / "base" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json' is unreadable .*, expected a configuration as JSON"):
+        verify_checkpoint(patch, root / "base", root / "model")
+    (root / "base" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json' holds a list, expected a configuration as JSON"):
+        verify_checkpoint(patch, root / "base", root / "model")
+
+
+def test_a_configuration_that_transformers_does_not_know_leaves_the_names_as_stored(made) -> None:
+    root, patch = made
+    for name in ("base", "model"):
+        config = root / name / "config.json"
+        config.write_text(config.read_text().replace('"llama"', '"of_its_own"'))
+    assert verify_checkpoint(patch, root / "base", root / "model")
+    apply_to_checkpoint(patch, root / "base", root / "patched")
+    assert content(root / "patched") == content(root / "model")

@@ -69,7 +69,8 @@ def weight_files(folder: str | Path) -> tuple[list[str], Mapping[str, str]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(problem(f"Folder {str(folder)!r} does not exist", "the folder of a checkpoint"))
+        wrong = f"{str(folder)!r} is a file" if folder.exists() else f"Folder {str(folder)!r} does not exist"
+        raise FileNotFoundError(problem(wrong, "the folder of a checkpoint"))
     named = read_config(folder).get("transformers_weights")
     first = named if isinstance(named, str) else PLAIN if (folder / PLAIN).is_file() else INDEX
     if first.endswith(".index.json"):
