@@ -55,8 +55,6 @@ MOST_LINES, MOST_FILES = 300, 12
 TO_BE_SPLIT = {
     "tests/attribution/test_attribution.py",
     "tests/attribution/test_attribution_model.py",
-    "tests/deltas/test_deltas.py",
-    "tests/distributed/distributed_run.py",
     "tests/optimizer/test_optimizer_torch.py",
     "tests/patch/test_checkpoint_layouts.py",
     "tests/patch/test_patch.py",
