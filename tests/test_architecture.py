@@ -56,8 +56,6 @@ MOST_LINES, MOST_FILES = 300, 12
 TO_BE_SPLIT = {
     "tests/attribution/test_attribution.py",
     "tests/attribution/test_attribution_model.py",
-    "tests/deltas/test_deltas.py",
-    "tests/distributed/distributed_run.py",
     "tests/optimizer/test_optimizer_torch.py",
     "torch_simu/neurons.py",
     "torch_simu/optimizer/simu.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -14,113 +13,44 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import mutants
 from tests.attribution import distributed_attribution
 from tests.deltas import distributed_deltas
+from tests.distributed.resuming import (
+    a_checkpoint_of_two_is_written,
+    a_whole_state_is_taken_in_shards,
+    flattened_state_resumes,
+    full_state_resumes,
+    native_state_dict_resumes,
+    offloaded_full_state_resumes,
+    plain_state_resumes,
+)
+from tests.distributed.training import (
+    CLASSES,
+    NEURONS,
+    SELECTION,
+    WIDTH,
+    assert_same,
+    batch,
+    half,
+    make_model,
+    make_optimizer,
+    one_process,
+    sharded,
+    tiny_llama,
+    train,
+    whole,
+)
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.trainer.refresh import CurvatureRefresh
-
-WIDTH, NEURONS, CLASSES = 6, 7, 5
-SELECTION = NeuronSelection({"2": [0, 3, 6]}, {"2": NEURONS})
-
-
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """An MLP whose output layer has five rows, which two processes cannot share evenly."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(WIDTH, NEURONS), nn.Tanh(), nn.Linear(NEURONS, CLASSES)).to(dtype)
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight rows and their labels."""
-    draw = torch.Generator().manual_seed(step)
-    return torch.randn(8, WIDTH, generator=draw), torch.randint(0, CLASSES, (8,), generator=draw)
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    """A model of one layer."""
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
-
-
-def make_optimizer(model: nn.Module, implementation: type[SIMUOptimizer] = SIMUOptimizer, **options) -> SIMUOptimizer:
-    """Selected neurons of the last layer, and the first layer whole."""
-    weight, first = model.get_parameter("2.weight"), model.get_parameter("0.weight")
-    model.requires_grad_(False)
-    groups = [
-        {"params": [weight], "neurons": [SELECTION["2"].tolist()]},
-        {"params": [first], "neurons": [None], "weight_decay": 0.1},
-    ]
-    for group in groups:
-        group["params"][0].requires_grad_(True)
-    return implementation(groups, lr=0.02, rho=1.0, hessian_interval=2, **options)
-
-
-def train(model: nn.Module, optimizer: SIMUOptimizer, start: int, stop: int, part: slice = slice(None)) -> None:
-    """Steps on a part of each batch, with the refreshes; the labels of a refresh are fixed, not sampled."""
-    for step in range(start, stop):
-        inputs, labels = batch(step)
-        functional.cross_entropy(model(inputs[part]), labels[part]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if optimizer.hessian_due:
-            inputs, labels = batch(1000 + step)
-            functional.cross_entropy(model(inputs[part]), labels[part]).backward()
-            optimizer.update_hessian(len(inputs))
-            optimizer.zero_grad()
-
-
-def half(rank: int) -> slice:
-    """The rows of a process."""
-    return slice(4 * rank, 4 * rank + 4)
-
-
-def one_process(steps: int = 5) -> tuple[nn.Module, SIMUOptimizer]:
-    """The same run in one process."""
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, 0, steps)
-    return model, optimizer
-
-
-def sharded(seed: int = 0, **options) -> nn.Module:
-    """The model in two shards."""
-    model = make_model(seed)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **options)
-    return model
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its shards."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_same(model: nn.Module, optimizer: SIMUOptimizer, other: nn.Module, theirs: SIMUOptimizer, **close) -> None:
-    """Weights and state are equal, within float tolerance or bit for bit."""
-    close = close or {"rtol": 1e-5, "atol": 1e-6}
-    for (name, param), (_, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(whole(param.detach()), whole(expected.detach()), **close, msg=name)
-        for key, value in theirs.state.get(expected, {}).items():
-            torch.testing.assert_close(whole(optimizer.state[param][key]), whole(value), **close, msg=f"{name} {key}")
 
 
 def ddp_equals_one_process(rank: int, folder: Path) -> None:
@@ -195,83 +125,6 @@ def neurons_across_processes_are_refused(rank: int, folder: Path) -> None:
     # What the message advises works.
     changed = (stepped(shard_placement_fn=lambda param: Shard(1)) != 1).any(dim=1)
     assert changed.nonzero().tolist() == [[1]]
-
-
-def _resumed(rank: int, options: StateDictOptions) -> None:
-    model = sharded()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, 0, 3, half(rank))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    twin = sharded()
-    with torch.no_grad():
-        for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs)
-    resumed = make_optimizer(twin)
-    if options.full_state_dict and options.cpu_offload and rank > 0:
-        saved = {}
-    loading = StateDictOptions(
-        full_state_dict=options.full_state_dict,
-        flatten_optimizer_state_dict=options.flatten_optimizer_state_dict,
-        broadcast_from_rank0=options.full_state_dict and options.cpu_offload,
-    )
-    set_optimizer_state_dict(twin, resumed, saved, options=loading)
-    for run in ((model, optimizer), (twin, resumed)):
-        train(*run, 3, 6, half(rank))
-    assert_same(twin, resumed, model, optimizer, rtol=0, atol=0)
-
-
-def plain_state_resumes(rank: int, folder: Path) -> None:
-    _resumed(rank, StateDictOptions())
-
-
-def flattened_state_resumes(rank: int, folder: Path) -> None:
-    _resumed(rank, StateDictOptions(flatten_optimizer_state_dict=True))
-
-
-def full_state_resumes(rank: int, folder: Path) -> None:
-    _resumed(rank, StateDictOptions(full_state_dict=True))
-
-
-def offloaded_full_state_resumes(rank: int, folder: Path) -> None:
-    _resumed(rank, StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def native_state_dict_resumes(rank: int, folder: Path) -> None:
-    model = sharded()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, 0, 3, half(rank))
-    twin = sharded()
-    with torch.no_grad():
-        for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs)
-    resumed = make_optimizer(twin)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for run in ((model, optimizer), (twin, resumed)):
-        train(*run, 3, 6, half(rank))
-    assert_same(twin, resumed, model, optimizer, rtol=0, atol=0)
-
-
-def a_whole_state_is_taken_in_shards(rank: int, folder: Path) -> None:
-    single, theirs = one_process(3)
-    model = sharded()
-    with torch.no_grad():
-        for param, value in zip(model.parameters(), single.parameters(), strict=True):
-            param.copy_(torch.distributed.tensor.distribute_tensor(value, param.device_mesh, param.placements))
-    optimizer = make_optimizer(model)
-    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    train(single, theirs, 3, 5)
-    train(model, optimizer, 3, 5, half(rank))
-    assert_same(model, optimizer, single, theirs)
-
-
-def a_checkpoint_of_two_is_written(rank: int, folder: Path) -> None:
-    """The other half is in the test: one process loads it."""
-    model = sharded()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, 0, 3, half(rank))
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-    dcp.save(state, checkpoint_id=folder / "two")
 
 
 def a_refresh_in_shards_equals_one_process(rank: int, folder: Path) -> None:
