@@ -233,3 +233,36 @@ def test_the_advice_for_a_base_in_another_dtype_works(tmp_path: Path) -> None:
         patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
     patch = patch_between_checkpoints(tmp_path / "saved once", tmp_path / "model", selection)
     assert len(patch.changes) == 2
+
+
+def test_a_tensor_that_cannot_be_told_apart_again_is_refused_and_goes_on_the_loaded_model(tmp_path: Path) -> None:
+    base, model, selection = layouts(tmp_path, "mixtral", lambda folder: None)
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.mul_(2)
+    model.save_pretrained(tmp_path / "model")
+    patch = patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection, whole="gate_up_proj")
+    assert verify_checkpoint(patch, tmp_path / "base", tmp_path / "model")
+    with pytest.raises(ValueError, match="gate_up_proj' is stored in another form .*Load the model, call patch.apply"):
+        apply_to_checkpoint(patch, tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    patch.apply(base)
+    assert raw(base) == raw(model)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    twice = rewrite(lambda found: found | {"wte.weight": found["transformer.wte.weight"]})
+    _, _, selection = layouts(tmp_path, "gpt2", twice)
+    with pytest.raises(ValueError, match="Tensor 'transformer.wte.weight' is stored twice, once as 'wte.weight'|twice"):
+        patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+
+
+def test_a_change_that_leads_elsewhere_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    base, _, selection = layouts(tmp_path, "llama", lambda folder: None)
+    patch = patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
+    list(patch.changes.values())[-1].value.add_(1)
+    before = raw(base)
+    with pytest.raises(ValueError, match="The change of tensor .* leads elsewhere, expected what its sha256 says"):
+        apply_to_checkpoint(patch, tmp_path / "base", tmp_path / "out")
+    with pytest.raises(ValueError, match="The change of tensor .* leads elsewhere"):
+        patch.apply(base)
+    assert raw(base) == before and not (tmp_path / "out").exists()
