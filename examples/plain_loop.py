@@ -24,7 +24,8 @@ for _ in range(150):
 print(f"memorized: forget loss {model(**forget).loss.item():.2f}, retain loss {model(**retain).loss.item():.2f}")
 
 # Step 1: which neurons the forget set rests on, and the retain set does not.
-selection = attribute_neurons(model, [forget]).contrast(attribute_neurons(model, [retain])).top(0.2)
+forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=60) for batch in (forget, retain))
+selection = forget_scores.contrast(retain_scores).top(0.2)
 before = {name: param.detach().clone() for name, param in model.named_parameters()}
 
 # Step 2: your loop, with two more lines for the curvature. Nothing but the selected neurons requires a gradient.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.attribution.reference_attribution import lively
-from tests.attribution.test_attribution_model import _batches, _interrupted, small_groups
+from tests.attribution.test_attribution_resume import _batches, _interrupted, small_groups
 from torch_simu import attribute_neurons
 from torch_simu._files import load_tensors
 

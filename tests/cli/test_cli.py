@@ -17,6 +17,8 @@ from torch_simu.unlearning.data.rows import load_rows
 from torch_simu.unlearning.demo.demo import make_fiction
 
 SETS = ("forget", "retain", "world")
+NOT_REACHED = 3
+"""Exit status of a run that ended above its forget target."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def options(files, *names, **changed):
 def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, capsys):
     out = tmp_path / "out"
     quick = ["--lr", 1e-2, "--max-steps", 3, "--batch-size", 6]
-    assert call("unlearn", *options(files, "forget", "retain", "world"), "--out", out, *quick) == 0
+    assert call("unlearn", *options(files, "forget", "retain", "world"), "--out", out, *quick) == NOT_REACHED
     report = json.loads((out / "report.json").read_text())
     assert set(report) >= {"seed", "versions", "methods"} and set(report["methods"]) == {"before", "simu_graddiff"}
     row = report["methods"]["simu_graddiff"]
@@ -86,7 +88,7 @@ def test_evaluate_prints_and_writes_both_models(files, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["evaluate", "attribute"])
 def test_the_first_row_is_shown_once_with_its_scored_part_marked(files, tmp_path, capsys, command):
     rows = options(files, "forget", "retain")
-    reference = ["--reference", files / "model"] if command == "evaluate" else ["--steps", 2]
+    reference = ["--reference", files / "model"] if command == "evaluate" else ["--steps", 10]
     assert call(command, *rows, *reference, "--out", tmp_path / "out") == 0
     row = load_rows(files / "forget.jsonl")[0]
     shown = " ".join(capsys.readouterr().out.split())
@@ -191,8 +193,12 @@ def test_an_output_folder_is_replaced_by_force_only(files, tmp_path, capsys):
     assert call(*job) == 2
     assert_one_line(capsys, "Use --force")
     assert (out / "precious.txt").read_text() == "mine"
+    assert call(*job, "--force") == 2
+    assert_one_line(capsys, "holds something else than a result of torch-simu")
+    (out / "precious.txt").rename(tmp_path / "precious.txt")
+    assert call(*job) == 0
     assert call(*job, "--force") == 0
-    assert not (out / "precious.txt").exists() and (out / "selection.safetensors").exists()
+    assert (out / "selection.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_writes_nothing(files, tmp_path, capsys):

@@ -17,6 +17,7 @@ from torch_simu import Attribution, NeuronPatch, NeuronSelection, SIMUOptimizer,
 from torch_simu._files import load_tensors, save_tensors
 from torch_simu._hashes import sha256_of
 from torch_simu.attribution.checkpoint import Checkpoint, Partial
+from torch_simu.attribution.methods.sums import LayerSum
 from torch_simu.deltas import attached_layers, load_deltas, save_deltas
 from torch_simu.patch import apply_to_checkpoint
 from torch_simu.patch.reading import opened
@@ -53,8 +54,8 @@ def attribution(folder: Path) -> tuple[Path, Read]:
 
 def partial_sums(folder: Path) -> tuple[Path, Read]:
     checkpoint = Checkpoint(folder / "file", {"steps": 10})
-    checkpoint.save(Partial(dict(SCORES), {"1": 0.25}, 2), now=True)
-    fresh = Partial({"1": torch.zeros(16, dtype=torch.float64)}, {"1": 0.0})
+    checkpoint.save(Partial({"1": LayerSum(SCORES["1"], 0.25, 2.0)}, 2), now=True)
+    fresh = Partial({"1": LayerSum(torch.zeros(16, dtype=torch.float64))})
     return folder / "file", lambda: checkpoint.load(fresh)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fake_cuda import Waits, fake_cuda
+from tests.fake_cuda.waits import Waits, fake_cuda
 from torch_simu.attribution.path import objective_values
 from torch_simu.hooks.record import LayerRecord
 from torch_simu.hooks.tap import InputTap

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.cli.test_cli import call, files, options  # noqa: F401 (a fixture)
+from tests.cli.test_cli import NOT_REACHED, call, files, options  # noqa: F401 (a fixture)
 from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, _memorized, run
 from torch_simu import NeuronSelection, attach_deltas
@@ -23,7 +23,7 @@ from torch_simu.deltas import attached_layers
 def test_the_command_forgets_through_deltas_and_writes_the_untouched_base(files, tmp_path, kind):  # noqa: F811
     out = tmp_path / "out"
     quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3]
-    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == 0
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == NOT_REACHED
     rows = json.loads((out / "report.json").read_text())["methods"]
     assert rows["simu_graddiff"]["forget"]["probability"] < rows["before"]["forget"]["probability"] - 0.2
     selection = NeuronSelection.load(out / "selection.safetensors")
@@ -65,7 +65,7 @@ def test_a_second_request_forgets_more_and_keeps_what_the_first_one_changed(file
 def test_a_float_folder_forgets_in_any_loader(files, tmp_path, kind, capsys):  # noqa: F811
     out = tmp_path / "out"
     quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3, "--save-as", "float"]
-    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == 0
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == NOT_REACHED
     assert "still knows" not in " ".join(capsys.readouterr().out.split())
     assert not (out / "deltas.safetensors").exists()
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
@@ -82,7 +82,7 @@ def test_a_float_folder_forgets_in_any_loader(files, tmp_path, kind, capsys):  #
 def test_attention_trains_whole_where_it_keeps_its_weights(files, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     quick = ["--lr", 1e-2, "--max-steps", 2, "--batch-size", 6, "--attention", "full", "--load-in", "8bit"]
-    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) == 0
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) == NOT_REACHED
     base, changed = (load_model(str(folder), load_in=None)[0] for folder in (files / "model", out))
     name = "model.layers.0.self_attn.q_proj"
     assert changed.get_submodule(name).weight.is_floating_point()
@@ -120,7 +120,7 @@ def test_a_broken_quantized_run_continues_bit_for_bit(tmp_path, request_number):
 def test_methods_that_train_codes_are_refused(files, tmp_path, capsys):  # noqa: F811
     common = [*options(files, "forget", "retain"), "--out", tmp_path / "out"]
     assert call("unlearn", *common, "--load-in", "8bit", "--method", "fo_graddiff") == 2
-    assert "Method 'fo_graddiff' trains weights that are quantized" in capsys.readouterr().err
+    assert "Method 'fo_graddiff' trains whole weights, and load_in is '8bit'" in capsys.readouterr().err
     assert call("unlearn", *common, "--load-in", "3bit") == 2
     assert "load_in is '3bit', expected one of '8bit', '4bit'" in capsys.readouterr().err
     assert call("unlearn", *common, "--save-as", "flot") == 2

@@ -6,7 +6,9 @@ from types import MappingProxyType
 
 import pytest
 
-from torch_simu.cli import jobs
+from torch_simu.cli import jobs, measuring
+from torch_simu.cli.loading import Loading
+from torch_simu.cli.measuring import Measuring
 from torch_simu.unlearning.metrics.suites import SUITES, Suite
 
 
@@ -32,13 +34,13 @@ def test_a_suite_that_is_entered_is_run_on_the_reference_first_and_then_on_the_m
 
     new = Suite(measure, ("score",), max_new_tokens=7)
     monkeypatch.setattr(jobs, "SUITES", MappingProxyType({**SUITES, "new": new}))
-    monkeypatch.setattr(jobs, "load_model", lambda source, **options: (source, None))
-    monkeypatch.setattr(jobs, "evaluate", lambda *args, **options: Measured)
+    monkeypatch.setattr(Loading, "load", lambda self, source: (source, None))
+    monkeypatch.setattr(measuring, "evaluate", lambda *args, **options: Measured)
     for name in ("forget", "retain"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "a"}}\n')
     sets = {name: str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")}
     report, figures = jobs.evaluate_job(
-        "m", sets, reference="r", suite="new", batch_size=3, progress=lambda *told: None
+        "m", sets, reference="r", suite="new", measuring=Measuring(3), progress=lambda *told: None
     )
     assert calls == [
         ("r", ["forget", "retain"], None, 3, 7),
