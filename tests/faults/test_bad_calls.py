@@ -25,9 +25,7 @@ def model() -> nn.Module:
 
 def content(model: nn.Module, folder: Path) -> dict[str, object]:
     """All that a call could leave behind: tensors, what trains, classes, hooks and files."""
-    hooks = {
-        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()
-    }
+    modules = dict(model.named_modules())
     return {
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "classes": {name: type(module) for name, module in modules.items()},
