@@ -53,13 +53,6 @@ APPLICATION_FLOORS = {
 """A file or folder of `unlearning` -> its floor in there."""
 
 MOST_LINES, MOST_FILES = 300, 12
-TO_BE_SPLIT = {
-    "tests/attribution/test_attribution.py",
-    "tests/attribution/test_attribution_model.py",
-    "tests/optimizer/test_optimizer_torch.py",
-    "torch_simu/neurons.py",
-    "torch_simu/optimizer/simu.py",
-}
 
 TENSORS_ONLY = {"torch", "einops"}
 OPTIONAL = {
@@ -150,7 +143,7 @@ def test_importing_the_package_imports_no_optional_package() -> None:
 
 @pytest.mark.parametrize("path", OURS, ids=named)
 def test_files_are_small_and_say_what_they_are(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MOST_LINES + 100 * (named(path) in TO_BE_SPLIT)
+    assert len(path.read_text().splitlines()) <= MOST_LINES
     assert not {"utils", "helpers", "misc", "common"} & set(path.relative_to(ROOT).with_suffix("").parts)
     source = ast.parse(path.read_text())
     assert ast.get_docstring(source) or not source.body

@@ -1,4 +1,4 @@
-"""What hooks and attribution do with tensors on a device waits for nothing: shown on fake tensors, without a GPU.
+"""What hooks do with tensors on a device waits for nothing: shown on fake tensors, without a GPU.
 
 Only the passes themselves are left out, since torch built for processors has no autograd engine for the device.
 """
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tests.fake_cuda.waits import Waits, fake_cuda
-from torch_simu.attribution.path import objective_values
 from torch_simu.hooks.record import LayerRecord
 from torch_simu.hooks.tap import InputTap
 
@@ -26,12 +25,4 @@ def test_a_hook_reads_no_scalar_and_never_leaves_the_device(reduce: str | None) 
         for number in (1, 2):
             record.add(number, *(tap.positions(tensor, None) for tensor in (activation, gradient)))
         assert record.read().device.type == "cuda"
-    assert waits.counts == Counter()
-
-
-def test_what_an_attribution_measures_stays_on_the_device() -> None:
-    with fake_cuda() as fake, Waits() as waits:
-        logits, targets = fake(torch.ones(2, 5, 11, dtype=torch.bfloat16)), fake(torch.ones(5, dtype=torch.int64))
-        for objective in ("logprob", "prob", "loss"):
-            assert objective_values(logits, targets, objective).device.type == "cuda"
     assert waits.counts == Counter()

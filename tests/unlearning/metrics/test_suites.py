@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
-from torch_simu.cli import jobs, measuring
-from torch_simu.cli.loading import Loading
-from torch_simu.cli.measuring import Measuring
+from tests.language import ROWS, tiny_model, word_tokenizer
+from torch_simu.cli import jobs
+from torch_simu.cli.app import main
 from torch_simu.unlearning.metrics.suites import SUITES, Suite
 
 
@@ -25,31 +27,27 @@ def test_the_headlines_are_the_named_figures_that_were_measured(figures, shown):
     assert Suite(lambda *args, **options: figures, ("score",)).shown(figures) == shown
 
 
-def test_a_suite_that_is_entered_is_run_on_the_reference_first_and_then_on_the_model(monkeypatch, tmp_path):
+def test_a_suite_that_is_entered_is_run_on_the_reference_first_and_then_on_the_model(monkeypatch, tmp_path, capsys):
     calls = []
 
     def measure(model, tokenizer, sets, *, reference, batch_size, max_new_tokens, progress):
-        calls.append((model, sorted(sets), reference, batch_size, max_new_tokens))
+        calls.append((Path(model.name_or_path).name, sorted(sets), reference, batch_size, max_new_tokens))
         return {"score": float(len(calls))}
 
-    new = Suite(measure, ("score",), max_new_tokens=7)
-    monkeypatch.setattr(jobs, "SUITES", MappingProxyType({**SUITES, "new": new}))
-    monkeypatch.setattr(Loading, "load", lambda self, source: (source, None))
-    monkeypatch.setattr(measuring, "evaluate", lambda *args, **options: Measured)
-    for name in ("forget", "retain"):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "a"}}\n')
-    sets = {name: str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")}
-    report, figures = jobs.evaluate_job(
-        "m", sets, reference="r", suite="new", measuring=Measuring(3), progress=lambda *told: None
-    )
+    monkeypatch.setattr(jobs, "SUITES", MappingProxyType({**SUITES, "new": Suite(measure, ("score",), (), 7)}))
+    tokenizer = word_tokenizer()
+    for name in ("model", "reference"):
+        tiny_model(tokenizer).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for name, row in (("forget", ROWS[0]), ("retain", ROWS[1])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": row.question, "answer": row.answer}))
+    words = [part for name in ("model", "reference") for part in (f"--{name}", str(tmp_path / name))]
+    words += [part for name in ("forget", "retain") for part in (f"--{name}", str(tmp_path / f"{name}.jsonl"))]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *words, "--suite", "new", "--batch-size", "3"])
+    assert stopped.value.code == 0
     assert calls == [
-        ("r", ["forget", "retain"], None, 3, 7),
-        ("m", ["forget", "retain"], {"score": 1.0}, 3, 7),
+        ("reference", ["forget", "retain"], None, 3, 7),
+        ("model", ["forget", "retain"], {"score": 1.0}, 3, 7),
     ]
-    assert figures == {"score": 2.0} and list(report.methods) == ["reference", "model"]
-
-
-class Measured:
-    """What evaluate returns, as far as it is read."""
-
-    means = MappingProxyType({"em": 1.0})
+    assert "score: 2" in capsys.readouterr().out
