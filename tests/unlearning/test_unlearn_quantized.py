@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.cli.test_cli import call, files, options  # noqa: F401 (a fixture)
 from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, _memorized, run
-from torch_simu import NeuronSelection
+from torch_simu import NeuronSelection, attach_deltas
 from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.cli.loading import load_model
 from torch_simu.deltas import attached_layers
@@ -90,9 +90,14 @@ def test_attention_trains_whole_where_it_keeps_its_weights(files, tmp_path):  # 
     assert changed.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.int8
 
 
-def test_a_broken_quantized_run_continues_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("request_number", [1, 2])
+def test_a_broken_quantized_run_continues_bit_for_bit(tmp_path, request_number):
     float_model, examples = _memorized()
     base = quantized(float_model, "8bit")
+    if request_number == 2:
+        earlier = NeuronSelection.random(base, 0.05, torch.Generator().manual_seed(0))
+        for delta in attach_deltas(base, earlier).values():
+            delta.data.fill_(1e-3)
     whole, broken = copy.deepcopy(base), copy.deepcopy(base)
     expected = run(whole, examples)
 
