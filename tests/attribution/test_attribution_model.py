@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from tests.attribution.reference_attribution import lively, loosely, reference
 from tests.models import tiny
-from torch_simu._files import load_tensors
 from torch_simu.attribution import Attribution
 from torch_simu.attribution.site import Site
 
@@ -213,25 +211,3 @@ def test_provenance_says_how_the_scores_came_about() -> None:
     expected = {"objective": "prob", "rule": "right", "steps": 4, "method": "packed", "model_type": "llama"}
     assert expected.items() <= attribution.provenance.items()
     assert {len(str(attribution.provenance[key])) for key in ("model", "weights")} == {64}
-
-
-def test_provenance_tells_nothing_of_the_data() -> None:
-    one, two = (loosely(lively("llama"), [batch], method="packed") for batch in _batches()[:2])
-    assert one.provenance == two.provenance
-
-
-@pytest.mark.usefixtures("small_groups")
-def test_partial_sums_name_their_data_under_a_key_of_their_own(tmp_path: Path) -> None:
-    """Who has the file alone cannot test guesses of the data: the same data is named in another way every time."""
-    named = []
-    for name in ("one", "two"):
-        _interrupted(tmp_path / name, after=6)
-        named.append(load_tensors(tmp_path / name, "AttributionSums")[1]["data"])
-        key = (tmp_path / f"{name}.key").read_text()
-        assert key.encode() not in (tmp_path / name).read_bytes()
-    assert named[0] != named[1] and {len(str(each)) for each in named} == {64}
-    (tmp_path / "two.key").unlink()
-    with pytest.raises(ValueError, match="its key is gone, expected the same samples. Delete the file"):
-        loosely(lively("llama"), _batches(), resume=tmp_path / "two", method="packed")
-    loosely(lively("llama"), _batches(), resume=tmp_path / "one", method="packed")
-    assert [path.name for path in tmp_path.iterdir()] == ["two"]

@@ -34,6 +34,7 @@ def check_complete(attribution: Attribution, limit: float = 0.2) -> None:
         IncompleteError: If a layer misses more.
 
     Examples:
+        >>> import torch
         >>> scores = {"mlp": torch.tensor([1.0, 2.0]).double()}
         >>> check_complete(Attribution(scores, {"mlp": -0.5}, 1, {}, change_size={"mlp": 3.5}))
         >>> try:
