@@ -34,7 +34,8 @@ model.requires_grad_(False).eval()
 base = copy.deepcopy(model)
 
 # Step 1 through the codes, step 2 on deltas beside them.
-selection = attribute_neurons(model, [forget]).contrast(attribute_neurons(model, [retain])).top(0.2)
+forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=32) for batch in (forget, retain))
+selection = forget_scores.contrast(retain_scores).top(0.2)
 deltas = attach_deltas(model, selection)
 optimizer = SIMUOptimizer(list(deltas.values()), lr=1e-2, hessian_interval=5)
 for _ in range(20):

@@ -23,8 +23,10 @@ for _ in range(150):
     adam.zero_grad()
 print(f"memorized: forget loss {model(**forget).loss.item():.2f}, retain loss {model(**retain).loss.item():.2f}")
 
-# Step 1: which neurons the forget set rests on, and the retain set does not.
-selection = attribute_neurons(model, [forget]).contrast(attribute_neurons(model, [retain])).top(0.2)
+# Step 1: which neurons the forget set rests on, and the retain set does not. What is memorized saturates early on the
+# path, so it takes more points than usual for the scores to add up.
+forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=64) for batch in (forget, retain))
+selection = forget_scores.contrast(retain_scores).top(0.2)
 before = {name: param.detach().clone() for name, param in model.named_parameters()}
 
 # Step 2: your loop, with two more lines for the curvature. Nothing but the selected neurons requires a gradient.
