@@ -15,8 +15,7 @@ from torch_simu import NeuronPatch, SIMUOptimizer, attach_deltas, attribute_neur
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 torch.manual_seed(0)
 
-# A model that has memorized two texts. With a model of your own:
-# AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).
+# A model that has memorized two texts; with a model of your own: from_pretrained(..., load_in_8bit=True).
 model = LlamaForCausalLM(
     LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 )
@@ -35,7 +34,7 @@ model.requires_grad_(False).eval()
 base = copy.deepcopy(model)
 
 # Step 1 through the codes, step 2 on deltas beside them.
-forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=60) for batch in (forget, retain))
+forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=32) for batch in (forget, retain))
 selection = forget_scores.contrast(retain_scores).top(0.2)
 deltas = attach_deltas(model, selection)
 optimizer = SIMUOptimizer(list(deltas.values()), lr=1e-2, hessian_interval=5)

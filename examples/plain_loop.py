@@ -23,8 +23,9 @@ for _ in range(150):
     adam.zero_grad()
 print(f"memorized: forget loss {model(**forget).loss.item():.2f}, retain loss {model(**retain).loss.item():.2f}")
 
-# Step 1: which neurons the forget set rests on, and the retain set does not.
-forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=60) for batch in (forget, retain))
+# Step 1: which neurons the forget set rests on, and the retain set does not. What is memorized saturates early on the
+# path, so it takes more points than usual for the scores to add up.
+forget_scores, retain_scores = (attribute_neurons(model, [batch], steps=64) for batch in (forget, retain))
 selection = forget_scores.contrast(retain_scores).top(0.2)
 before = {name: param.detach().clone() for name, param in model.named_parameters()}
 

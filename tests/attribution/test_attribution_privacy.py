@@ -25,7 +25,7 @@ def test_partial_sums_name_their_data_under_a_key_of_their_own(tmp_path: Path) -
     named = []
     for name in ("one", "two"):
         _interrupted(tmp_path / name, after=6)
-        named.append(load_tensors(tmp_path / name, "AttributionCheckpoint")[1]["data"])
+        named.append(load_tensors(tmp_path / name, "AttributionSums")[1]["data"])
         key = (tmp_path / f"{name}.key").read_text()
         assert key.encode() not in (tmp_path / name).read_bytes()
     assert named[0] != named[1] and {len(str(each)) for each in named} == {64}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.attribution.reference_attribution import lively, loosely, padded_batch, sequences
 from torch_simu import _files
+from torch_simu._files import load_tensors
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, -100, 8]])}
 
@@ -103,3 +104,25 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is unreadable"):
         loosely(lively("llama"), [BATCH], resume=path)
+
+
+def test_provenance_tells_nothing_of_the_data() -> None:
+    one, two = (loosely(lively("llama"), [batch], method="packed") for batch in _batches()[:2])
+    assert one.provenance == two.provenance
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_partial_sums_name_their_data_under_a_key_of_their_own(tmp_path: Path) -> None:
+    """Who has the file alone cannot test guesses of the data: the same data is named in another way every time."""
+    named = []
+    for name in ("one", "two"):
+        _interrupted(tmp_path / name, after=6)
+        named.append(load_tensors(tmp_path / name, "AttributionSums")[1]["data"])
+        key = (tmp_path / f"{name}.key").read_text()
+        assert key.encode() not in (tmp_path / name).read_bytes()
+    assert named[0] != named[1] and {len(str(each)) for each in named} == {64}
+    (tmp_path / "two.key").unlink()
+    with pytest.raises(ValueError, match="its key is gone, expected the same samples. Delete the file"):
+        loosely(lively("llama"), _batches(), resume=tmp_path / "two", method="packed")
+    loosely(lively("llama"), _batches(), resume=tmp_path / "one", method="packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]

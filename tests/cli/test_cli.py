@@ -67,13 +67,26 @@ def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path):
+def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 10, "--fraction", 0.25) == 0
     attribution = Attribution.load(out / "attribution.safetensors")
     assert NeuronSelection.load(out / "selection.safetensors") == attribution.top(0.25)
     assert (out / "attribution.png").stat().st_size > 1000
-    assert set(json.loads((out / "attribution.json").read_text())["layers"]) == set(attribution.scores)
+    layers = json.loads((out / "attribution.json").read_text())["layers"]
+    assert {name: layer["incompleteness"] for name, layer in layers.items()} == attribution.incompleteness
+    assert {name: layer["sum"] for name, layer in layers.items()} == pytest.approx(
+        {name: score.sum().item() for name, score in attribution.scores.items()}
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"miss at most {max(attribution.incompleteness.values()):.1%} of the change that they explain" in shown
+
+
+def test_scores_that_miss_too_much_are_refused_unless_asked(files, tmp_path, capsys):
+    job = ("attribute", *options(files, "forget"), "--out", tmp_path / "out", "--steps", 1)
+    assert call(*job) == 2
+    assert_one_line(capsys, "of the change that they explain")
+    assert call(*job, "--max-completeness-error", 10) == 0
 
 
 def test_evaluate_prints_and_writes_both_models(files, tmp_path, capsys):

@@ -12,7 +12,12 @@ from tests.faults.calls import KINDS, Call
 from tests.models import tiny
 
 CALLS = [pytest.param(call, id=f"{kind.__name__}: {name}") for kind in KINDS for name, call in kind()]
-PYTHONS_OWN = ("unsupported operand", "optimizer got an empty parameter list", "'NoneType' object is not iterable", "'float' object is not iterable")
+PYTHONS_OWN = (
+    "unsupported operand",
+    "optimizer got an empty parameter list",
+    "'NoneType' object is not iterable",
+    "'float' object is not iterable",
+)
 """Messages of Python and of torch's base class, which say it well enough."""
 
 ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError)

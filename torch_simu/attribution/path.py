@@ -78,8 +78,8 @@ def objective_values(logits: Tensor, targets: Tensor, objective: Objective) -> T
     """
     check_choice("objective", objective, OBJECTIVES)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    index = targets.to(logits.device).expand(logits.shape[:-1])[..., None]
-    logprob = wide.log_softmax(-1).gather(-1, index)[..., 0]
+    index = targets.to(logits.device).expand(logits.shape[:-1]).unsqueeze(-1)
+    logprob = wide.log_softmax(-1).gather(-1, index).squeeze(-1)
     if objective == "prob":
         return logprob.exp()
     return -logprob if objective == "loss" else logprob
