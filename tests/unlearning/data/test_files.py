@@ -46,7 +46,7 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.jsonl.gz", gzip.compress(LINES)[:-9], "cut.jsonl.gz: the gzip file is damaged"),
+        ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "cut.jsonl.gz: the gzip file is damaged"),
         ("bad.jsonl.gz", b"\x1f\x8b" + b"x" * 40, "bad.jsonl.gz: the gzip file is damaged"),
         ("rows.zip", b"PK\x03\x04" + LINES, "rows.zip: the file is a zip archive, expected"),
         ("rows.xz", b"\xfd7zXZ\x00" + LINES, "rows.xz: the file is a xz archive"),
