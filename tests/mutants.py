@@ -225,20 +225,65 @@ def steps_on_its_own_part(original):
     return step
 
 
+def forgets_the_damping(original):
+    """Inverts the bare covariance."""
+    return lambda covariance, *, damping: original(covariance, damping=1e-6)
+
+
+def whitens_nothing(original):
+    """Takes the plain gradient."""
+    return lambda grad, neuron_factor, output_factor=None: grad
+
+
+def whitens_the_outputs_with_the_neurons(original):
+    """Leaves out one of the two sides."""
+    return lambda grad, neuron_factor, output_factor=None: original(grad, neuron_factor)
+
+
+def moves_by_its_own_length(original):
+    """Forgets that a step is a share of the norm of the weights."""
+    return lambda *tensors, weight_norm, **options: original(
+        *tensors, weight_norm=torch.ones_like(weight_norm), **options
+    )
+
+
+def keeps_its_length(original):
+    """Does not bring the direction to the length of one."""
+    return lambda *tensors, direction_norm, **options: original(
+        *tensors, direction_norm=torch.ones_like(direction_norm), **options
+    )
+
+
+def counts_every_position(original):
+    """Takes positions into the covariance that no scored one depends on."""
+    return lambda gradient: torch.ones_like(gradient[..., :1], dtype=torch.bool)
+
+
+def forgets_the_covariance_before(original):
+    """Takes the last covariance for the mean of all."""
+    return lambda factor, *, damping: torch.zeros_like(factor)
+
+
 REPLACED = {
+    forgets_the_damping: "curvature.factors.damped_cholesky",
+    whitens_nothing: "stepping.trust.whiten",
+    whitens_the_outputs_with_the_neurons: "stepping.trust.whiten",
+    moves_by_its_own_length: "stepping.trust.trust_step_",
+    keeps_its_length: "stepping.trust.trust_step_",
+    forgets_the_covariance_before: "curvature.factors.undamped",
     steps_beside_the_neurons: "entries.Selected.columns",
-    keeps_dense_state: "stepping.new_state",
-    keeps_a_third_moment: "stepping.new_state",
-    forgets_to_clip: "stepping.step_entries",
-    decays_without_the_step_size: "stepping.step_entries",
-    updates_momentum_twice: "stepping.step_entries",
+    keeps_dense_state: "stepping.state.new_state",
+    keeps_a_third_moment: "stepping.state.new_state",
+    forgets_to_clip: "stepping.group.clip_entries",
+    decays_without_the_step_size: "stepping.group.clip_entries",
+    updates_momentum_twice: "stepping.group.clip_entries",
     forgets_the_finite_check: "guard.Guard.passes",
-    replaces_nan_by_zero: "simu.entries_of",
+    replaces_nan_by_zero: "curvature.updates.entries_of",
     skips_in_silence: "guard.Guard.num_stopped",
-    draws_another_rounding_after_loading: "stepping.rounded_to",
+    draws_another_rounding_after_loading: "stepping.writing.rounded_to",
     accepts_another_selection: "loading.check_loadable",
     decides_alone: "guard.agreed",
-    steps_on_its_own_part: "stepping.step_entries",
+    steps_on_its_own_part: "stepping.group.clip_entries",
 }
 """A mutant -> the function that it replaces, in the folder of the optimizer."""
 

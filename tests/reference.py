@@ -29,6 +29,52 @@ class DenseMaskedSophia:
         self.h = torch.where(self.mask, o.beta2 * self.h + (1 - o.beta2) * num_tokens * grad**2, 0.0)
 
 
+class DenseWhitened:
+    """The whitened step with inverses of dense covariances and one layer's weight, as the formulas are written.
+
+    Args:
+        weight: Shape `(d_model, num_neurons)`.
+        neurons: The selected ones.
+        outputs: Whether the outputs are whitened, too.
+        options: Of the step; `clip`, `rho` and `interval` play no part.
+        damping: Share of the mean diagonal.
+    """
+
+    def __init__(self, weight: Tensor, neurons: list[int], options: Options, *, outputs: bool, damping: float) -> None:
+        self.weight, self.neurons, self.options, self.damping = weight.clone(), neurons, options, damping
+        self.m = torch.zeros_like(weight[:, neurons])
+        self.covariances: list[Tensor | None] = [None, None] if outputs else [None]
+        self.norm = torch.zeros(())
+
+    def refresh(self, activation: Tensor, gradient: Tensor) -> None:
+        """Average the covariances of positions in; the gradient is that of the layer's outputs.
+
+        Args:
+            activation: Shape `(num_positions, num_neurons)`.
+            gradient: Shape `(num_positions, d_model)`.
+        """
+        reached = [position for position in range(len(gradient)) if gradient[position].abs().sum() > 0]
+        for side, rows in enumerate((activation[:, self.neurons], gradient)[: len(self.covariances)]):
+            found = sum(torch.outer(rows[position], rows[position]) for position in reached) / len(reached)
+            before, beta2 = self.covariances[side], self.options.beta2
+            self.covariances[side] = found if before is None else beta2 * before + (1 - beta2) * found
+        self.norm = self.weight[:, self.neurons].norm()
+
+    def step(self, grad: Tensor) -> None:
+        """One update of momentum and weight."""
+        o = self.options
+        inverses = [
+            torch.linalg.inv(each + self.damping * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype))
+            for each in self.covariances
+        ]
+        found = grad[:, self.neurons] @ inverses[0]
+        if len(inverses) > 1:
+            found = inverses[1] @ found
+        self.m = o.beta1 * self.m + (1 - o.beta1) * found / found.norm()
+        kept = self.weight[:, self.neurons] * (1 - o.lr * o.weight_decay)
+        self.weight[:, self.neurons] = kept - o.lr * self.norm * self.m
+
+
 def sampled_diagonal(inputs: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
     """The exact Gauss-Newton diagonal of mean cross-entropy for `logits = inputs @ weight.T`, token by token.
 

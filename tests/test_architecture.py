@@ -22,6 +22,7 @@ FLOORS = {
     "curvature": 2,
     "layers": 2,
     "update": 2,
+    "whitening": 2,
     "hooks": 3,
     "neurons": 3,
     "attribution": 4,
@@ -119,7 +120,7 @@ def test_an_import_of_a_higher_floor_is_seen(
         test(wrong)
 
 
-@pytest.mark.parametrize("name", ["columns", "update", "curvature"])
+@pytest.mark.parametrize("name", ["columns", "update", "curvature", "whitening"])
 def test_the_maths_sees_tensors_only(name: str) -> None:
     allowed = {*TENSORS_ONLY, *sys.stdlib_module_names}
     found = set(imports(PACKAGE / f"{name}.py"))

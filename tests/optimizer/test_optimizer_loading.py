@@ -189,13 +189,13 @@ def test_a_wrapper_that_copies_the_attributes_counts_with_the_optimizer():
 
 
 def test_parameters_of_several_dtypes_are_fused_by_their_kind(monkeypatch):
-    from torch_simu.optimizer import stepping
+    from torch_simu.optimizer.stepping import clipped
 
     params = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
     calls = []
-    fused = stepping.clipped_step_foreach_
+    fused = clipped.clipped_step_foreach_
     monkeypatch.setattr(
-        stepping,
+        clipped,
         "clipped_step_foreach_",
         lambda weights, *rest, **o: (calls.append(len(weights)), fused(weights, *rest, **o)),
     )

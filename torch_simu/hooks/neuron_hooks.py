@@ -1,98 +1,19 @@
-"""register_neuron_hooks: capture neuron activations together with their gradients, on any module."""
+"""NeuronHooks: what hooks captured, layer by layer, and how they are paused and taken off."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Literal
+from types import MappingProxyType, TracebackType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice, check_count, problem
-from torch_simu.bitsandbytes.packing import codes_as_loaded
-from torch_simu.hooks.record import SUMS, LayerRecord, NeuronHookError, Reduction
-from torch_simu.hooks.tap import Arguments, InputTap
-from torch_simu.layers import Selector, is_fused_experts, is_neuron_layer, select_layers
-
-
-def register_neuron_hooks(
-    module: nn.Module,
-    select: Selector | None = None,
-    *,
-    arg: int | str = 0,
-    reduce: Literal["attribution", "act", "grad", "sq"] | Reduction | None = "attribution",
-    position_mask: Tensor | None = None,
-    accum_dtype: torch.dtype = torch.float32,
-) -> NeuronHooks:
-    r"""Capture what flows into layers, and the gradient that flows back, for as long as the hooks are registered.
-
-    A *neuron* is one input feature of a layer: an entry of the last dimension of its input, but in front of a
-    convolution (`nn.Conv1d` to `nn.ConvTranspose3d`) a channel. A *position* is an entry of all other dimensions:
-    batch and token, or batch and pixel.
-    With $a_{pk}$ the activation of neuron $k$ at position $p$ and $g_{pk}$ the gradient of whatever `backward` is
-    called on with respect to it, *as this layer uses it* (other consumers of the same tensor do not count), the sums
-    over positions, calls and backward passes are:
-
-    | `reduce` | `hooks[layer]` | shape |
-    |---|---|---|
-    | `"attribution"` | $\sum_p a_{pk} g_{pk}$ | `(num_neurons,)` |
-    | `"act"` | $\sum_p a_{pk}$ | `(num_neurons,)` |
-    | `"grad"` | $\sum_p g_{pk}$ | `(num_neurons,)` |
-    | `"sq"` | $\sum_p (a_{pk} g_{pk})^2$ | `(num_neurons,)` |
-    | `None` | every $a$ and $g$, in the order of the calls | `(2, num_positions, num_neurons)` |
-    | a callable | the sum of what it returns for each call | as it returns |
-
-    The model computes the same outputs and parameter gradients as before, and nothing is written on modules or
-    parameters but the hooks, which go when the `with` block ends, however it ends.
-
-    Args:
-        module: Any module: frozen, quantized, checkpointed, wrapped or not. Code inside `torch.compile` runs no hooks.
-        select: Which layers, as in `torch_simu.layers.select_layers`. None: the MLP down projections of a transformers
-            model, else all linear layers inside `module`, or `module` itself, named `""`, when it holds no others.
-        arg: Which argument of the layers' `forward` is captured, by position or by name, however it is passed.
-        reduce: What to keep, see above. A callable gets both tensors in the dtype of the activations.
-        position_mask: Which positions count, the same for every layer; `hooks.position_mask` sets it per batch.
-            Shape: that of the input without its neurons, as `(batch, num_tokens)`, or `(batch, height, width)` in
-            front of a convolution.
-        accum_dtype: Dtype of the four named sums, and of the products in them.
-
-    Returns:
-        A mapping layer name -> tensor and a context manager. It stays readable after the block.
-
-    Raises:
-        ValueError: If nothing is selected, `reduce` is unknown, `arg` is negative, `accum_dtype` is not floating, or
-            4-bit codes were packed for inference, which pass no gradient on.
-        TypeError: If `reduce`, `arg` or `position_mask` is of a wrong type.
-        KeyError: If a selected name is not in the module.
-
-    Examples:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> _ = nn.init.ones_(layer.weight)
-        >>> with register_neuron_hooks(layer, reduce=None) as hooks:
-        ...     (3 * layer(torch.tensor([[1.0, 2.0]]))).sum().backward()
-        >>> activation, gradient = hooks[""]
-        >>> activation, gradient
-        (tensor([[1., 2.]]), tensor([[3., 3.]]))
-    """
-    if isinstance(arg, bool) or not isinstance(arg, int | str):
-        raise TypeError(problem(f"arg is {arg!r}", "the position or the name of an argument of forward"))
-    if isinstance(arg, int):
-        check_count("arg", arg, low=0)
-    if isinstance(reduce, str):
-        check_choice("reduce", reduce, SUMS)
-    elif reduce is not None and not callable(reduce):
-        raise TypeError(problem(f"reduce is {reduce!r}", f"one of {', '.join(map(repr, SUMS))}, None or a callable"))
-    if not accum_dtype.is_floating_point:
-        raise ValueError(problem(f"accum_dtype is {accum_dtype}", "a floating-point dtype"))
-    layers = _selected(module, select)
-    with ExitStack() as codes:
-        codes.enter_context(codes_as_loaded(module))
-        hooks = NeuronHooks(layers, arg, reduce, position_mask, accum_dtype)
-        hooks._codes = codes.pop_all()
-    return hooks
+from torch_simu._checks import problem
+from torch_simu.hooks.record import LayerRecord, NeuronHookError, Reduction
+from torch_simu.hooks.tap import Arguments, InputTap, OutputTap
 
 
 class NeuronHooks(Mapping[str, Tensor]):
@@ -111,6 +32,12 @@ class NeuronHooks(Mapping[str, Tensor]):
         reduce: What to keep.
         position_mask: Which positions count.
         accum_dtype: Dtype of the named sums.
+        neurons: Layer -> the neurons that its covariance is of; all of them where there is none.
+        outputs: Whether the gradients of what layers return are summed up, too.
+
+    Attributes:
+        layers: Name -> layer.
+        outputs: Name -> covariance of the gradients of its outputs, where it was asked for.
     """
 
     def __init__(
@@ -120,14 +47,59 @@ class NeuronHooks(Mapping[str, Tensor]):
         reduce: str | Reduction | None,
         position_mask: Tensor | None,
         accum_dtype: torch.dtype,
+        neurons: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        outputs: bool = False,
     ) -> None:
+        self.layers = MappingProxyType(dict(layers))
         self.position_mask = position_mask
         self._paused = False
         self._codes = ExitStack()
-        self._keeps_all = reduce is None
-        self._records = {name: LayerRecord(name, reduce, accum_dtype) for name in layers}
+        self._reduce = reduce
+        self._records = {name: LayerRecord(name, reduce, accum_dtype, neurons.get(name)) for name in layers}
+        self._outputs = {name: LayerRecord(name, reduce, accum_dtype) for name in layers if outputs}
         taps = [(layer, InputTap(layer, self._records[name], arg)) for name, layer in layers.items()]
         self._handles = [layer.register_forward_pre_hook(self._pre_hook(tap), with_kwargs=True) for layer, tap in taps]
+        for name, record in self._outputs.items():
+            tap = OutputTap(layers[name], record)
+            self._handles.append(layers[name].register_forward_hook(self._hook(tap)))
+
+    @property
+    def reduce(self) -> str | Reduction | None:
+        """What is kept, as it was asked for."""
+        return self._reduce
+
+    @property
+    def outputs(self) -> Mapping[str, Tensor]:
+        """Layer -> sum of the products of the gradients of its outputs. Shape: `(d_model, d_model)`."""
+        found = {name: record.total for name, record in self._outputs.items()}
+        return MappingProxyType({name: total for name, total in found.items() if total is not None})
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether the gradients of what layers return are summed up, too."""
+        return bool(self._outputs)
+
+    def recorded(self, layer: str) -> bool:
+        """Say whether a layer recorded anything."""
+        record = self._records[layer]
+        return record.total is not None or bool(record.kept)
+
+    def neurons(self, layer: str) -> Tensor | None:
+        """Return of which neurons a covariance is, in order; None: of all. Shape: `(num_selected,)`."""
+        return self._records[layer].neurons
+
+    def num_positions(self, layer: str) -> Tensor:
+        """Return over how many positions a covariance is, as a scalar on the device.
+
+        Raises:
+            NeuronHookError: If the layer recorded nothing.
+            ValueError: If `reduce` is another one.
+        """
+        if self._reduce != "covariance":
+            raise ValueError(problem(f"Positions are not counted for reduce={self._reduce!r}", 'reduce="covariance"'))
+        self[layer]
+        return cast("Tensor", self._records[layer].num_positions)
 
     @property
     def position_mask(self) -> Tensor | None:
@@ -143,7 +115,7 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     def reset(self) -> None:
         """Forget everything recorded; the hooks stay."""
-        for record in self._records.values():
+        for record in self._all():
             record.reset()
 
     @contextmanager
@@ -157,7 +129,7 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     def remove(self) -> None:
         """Take the hooks off the model for good; what was recorded stays readable. A second call does nothing."""
-        for record in self._records.values():
+        for record in self._all():
             # Removing a handle does not stop a graph built before (https://github.com/pytorch/pytorch/issues/25723).
             record.closed = True
         for handle in self._handles:
@@ -176,7 +148,7 @@ class NeuronHooks(Mapping[str, Tensor]):
             NeuronHookError: On every process, if a layer recorded nothing on one of them.
             ValueError: If `reduce` is None, because positions of several processes do not add up.
         """
-        if self._keeps_all:
+        if self._reduce is None:
             wrong = "The hooks keep every position (reduce=None)"
             raise ValueError(problem(wrong, "a reduction that adds up", "Gather the tensors yourself."))
         if not (dist.is_available() and dist.is_initialized()):
@@ -190,10 +162,13 @@ class NeuronHooks(Mapping[str, Tensor]):
             raise NeuronHookError(
                 problem(f"Some process recorded nothing for layer {missing[0]!r}", "a record on each")
             )
-        for record in self._records.values():
+        for record in self._all():
             # A copy, because values that were read do not change.
             record.total = record.read().clone()
             dist.all_reduce(record.total, dist.ReduceOp.SUM, group)
+            if record.num_positions is not None:
+                record.num_positions = record.num_positions.clone()
+                dist.all_reduce(record.num_positions, dist.ReduceOp.SUM, group)
 
     def __enter__(self) -> NeuronHooks:
         return self
@@ -220,6 +195,16 @@ class NeuronHooks(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"NeuronHooks({list(self._records)})"
 
+    def _all(self) -> list[LayerRecord]:
+        return [*self._records.values(), *self._outputs.values()]
+
+    def _hook(self, tap: OutputTap) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
+            if not (torch.compiler.is_compiling() or tap.record.closed or self._paused) and torch.is_grad_enabled():
+                tap(output, self._position_mask)
+
+        return hook
+
     def _pre_hook(self, tap: InputTap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments | None]:
         # A closure, not a method: a copy of the model then shares the record, and with it the flag that silences it.
         def pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -231,21 +216,3 @@ class NeuronHooks(Mapping[str, Tensor]):
             return tap(args, kwargs, self._position_mask)
 
         return pre_hook
-
-
-def _selected(module: nn.Module, select: Selector | None) -> dict[str, nn.Module]:
-    if select is not None:
-        return select_layers(module, select)
-    if next(module.children(), None) is None:
-        return {"": module}
-    if hasattr(getattr(module, "config", None), "model_type"):
-        found = select_layers(module)
-        for name, layer in found.items():
-            if is_fused_experts(layer):
-                advice = (
-                    "Use attribute_neurons, or name layers with select=; of the experts it captures the hidden states."
-                )
-                wrong = f"The neurons of layer {name!r} are inside experts fused into one parameter"
-                raise ValueError(problem(wrong, "layers whose inputs are neurons", advice))
-        return found
-    return select_layers(module, lambda _, inner: is_neuron_layer(inner))

@@ -19,8 +19,20 @@ SUMS: Mapping[str, Reduction] = MappingProxyType(
         "act": lambda activation, gradient: activation.sum(0),
         "grad": lambda activation, gradient: gradient.sum(0),
         "sq": lambda activation, gradient: (activation * gradient).square().sum(0),
+        "covariance": lambda activation, gradient: _products(activation, gradient),
     }
 )
+
+
+def _reached(gradient: Tensor) -> Tensor:
+    """Say which positions a backward reached. Shape: `(num_positions, 1)`."""
+    return gradient.ne(0).any(-1, keepdim=True)
+
+
+def _products(activation: Tensor, gradient: Tensor) -> Tensor:
+    # By torch.where, because picking positions out would wait for a GPU.
+    kept = torch.where(_reached(gradient), activation, 0)
+    return kept.T @ kept
 
 
 class NeuronHookError(RuntimeError):
@@ -34,12 +46,26 @@ class LayerRecord:
         layer: Name of the layer.
         reduce: A key of `SUMS`, a reduction, or None to keep every position.
         accum_dtype: Dtype of the named sums.
+        neurons: Which neurons the covariance is of, in order; None: all. Shape: `(num_selected,)`.
     """
 
-    __slots__ = ("accum_dtype", "closed", "kept", "layer", "num_calls", "num_calls_without_grad", "reduce", "total")
+    __slots__ = (
+        "accum_dtype",
+        "closed",
+        "kept",
+        "layer",
+        "neurons",
+        "num_calls",
+        "num_calls_without_grad",
+        "num_positions",
+        "reduce",
+        "total",
+    )
 
-    def __init__(self, layer: str, reduce: str | Reduction | None, accum_dtype: torch.dtype) -> None:
-        self.layer, self.reduce, self.accum_dtype = layer, reduce, accum_dtype
+    def __init__(
+        self, layer: str, reduce: str | Reduction | None, accum_dtype: torch.dtype, neurons: Tensor | None = None
+    ) -> None:
+        self.layer, self.reduce, self.accum_dtype, self.neurons = layer, reduce, accum_dtype, neurons
         self.closed = False
         self.reset()
 
@@ -47,6 +73,8 @@ class LayerRecord:
         """Forget everything."""
         self.num_calls = self.num_calls_without_grad = 0
         self.total: Tensor | None = None
+        # Positions behind a covariance, counted where it is.
+        self.num_positions: Tensor | None = None
         self.kept: list[tuple[int, Tensor]] = []
 
     def add(self, number: int, activation: Tensor, gradient: Tensor) -> None:
@@ -63,6 +91,12 @@ class LayerRecord:
                 raise NeuronHookError(problem(wrong, f"{before} as before", "Hook a layer whose input has one width."))
             self.kept.append((number, pair))
             return
+        if self.reduce == "covariance":
+            count = _reached(gradient).sum()
+            self.num_positions = count if self.num_positions is None else self.num_positions + count
+            if self.neurons is not None:
+                self.neurons = self.neurons.to(activation.device)
+                activation = activation.index_select(-1, self.neurons)
         if isinstance(self.reduce, str):
             value = SUMS[self.reduce](activation.to(self.accum_dtype), gradient.to(self.accum_dtype))
         else:

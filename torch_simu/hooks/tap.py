@@ -81,8 +81,42 @@ class InputTap:
 
     def positions(self, tensor: Tensor, mask: Tensor | None) -> Tensor:
         """Return the positions of an input, or of its gradient, that count. Shape: `(num_positions, num_neurons)`."""
-        flat = rearrange(tensor.detach().movedim(self.dim, -1), "... neuron -> (...) neuron")
-        return flat if mask is None else flat[mask.to(flat.device).flatten()]
+        return _positions(tensor, self.dim, mask)
+
+
+class OutputTap:
+    """Meets the gradient of what one layer returns.
+
+    Args:
+        layer: The layer that will be called.
+        record: Where gradients go.
+    """
+
+    def __init__(self, layer: nn.Module, record: LayerRecord) -> None:
+        self.record, self.dim = record, input_dim(layer)
+
+    def __call__(self, output: object, mask: Tensor | None) -> None:
+        """Let the gradient of an output be recorded once it is there."""
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < -self.dim:
+            wrong = f"Layer {self.record.layer!r} returns a {type(output).__name__}"
+            raise NeuronHookError(problem(wrong, "one floating-point tensor", "Leave outputs=True for such layers."))
+        self.record.num_calls += 1
+        number = self.record.num_calls
+
+        def meet(gradient: Tensor) -> None:
+            if not self.record.closed:
+                with torch.no_grad():
+                    found = _positions(gradient, self.dim, mask)
+                    self.record.add(number, found, found)
+
+        if output.requires_grad:
+            # On the tensor: of an output all consumers count.
+            output.register_hook(meet)
+
+
+def _positions(tensor: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+    flat = rearrange(tensor.detach().movedim(dim, -1), "... neuron -> (...) neuron")
+    return flat if mask is None else flat[mask.to(flat.device).flatten()]
 
 
 class _Tap(torch.autograd.Function):

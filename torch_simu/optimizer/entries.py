@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -152,6 +152,27 @@ def check_unsharded(param: Tensor, dim: NeuronDim, name: str) -> None:
             )
             wrong = f"{name} of shape {tuple(param.shape)} is sharded along its neurons (dimension {placement.dim})"
             raise ValueError(problem(wrong, "neurons whole in every process", advice))
+
+
+def summed_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return scalars of the shards of parameters, each summed over the processes that hold the others.
+
+    One exchange serves all that are spread alike.
+    """
+    found = list(values)
+    alike: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for number, param in enumerate(params):
+        if isinstance(param, DTensor):
+            dims = tuple(dim for dim, each in enumerate(param.placements) if isinstance(each, Shard))
+            alike.setdefault((str(param.device_mesh), dims), []).append(number)
+    for (_, dims), numbers in sorted(alike.items()):
+        mesh = cast("DTensor", params[numbers[0]]).device_mesh
+        stacked = torch.stack([values[number] for number in numbers])
+        for dim in dims:
+            dist.all_reduce(stacked, dist.ReduceOp.SUM, group=mesh.get_group(dim))
+        for number, value in zip(numbers, stacked.unbind(), strict=True):
+            found[number] = value
+    return found
 
 
 def agreed(finite: Tensor, entries: Sequence[Entry]) -> Tensor:

@@ -13,6 +13,12 @@ from torch_simu.columns import NeuronDim, dims_of, num_columns
 from torch_simu.neurons import NeuronSelection, checked_indices
 from torch_simu.optimizer.storage import check_blockwise
 
+WHITENED = ("neurons", "both")
+"""The curvatures that are covariances from hooks: of the neurons, and of the outputs of their layers beside them."""
+
+DUE = ("gnb", "hutchinson")
+"""The diagonal curvatures that a loop must refresh."""
+
 _STATE_DTYPES = ("float32", "float64", "bfloat16", "uint8")
 """Names of dtypes of the state; groups hold the name, which every format of checkpoints knows."""
 
@@ -78,6 +84,10 @@ def checked_group(param_group: Mapping[str, Any], defaults: Mapping[str, Any]) -
         group["state_dtype"] = dtype_name(group["state_dtype"])
     options = {**defaults, **group}
     _check_options(options)
+    if options["curvature"] in WHITENED:
+        _check_whitened(tensors, options)
+        # Before the first step: there is none without it.
+        group.setdefault("next_refresh", 0)
     group["neurons"] = _checked_neurons(tensors, group.get("neurons"), options["neuron_dim"])
     if options["state_dtype"] == "uint8":
         check_blockwise({**group, "params": tensors})
@@ -118,11 +128,25 @@ def _check_options(options: Mapping[str, Any]) -> None:
         check_number(f"betas[{number}]", beta, high=1.0, high_open=True)
     for name in ("rho", "weight_decay"):
         check_number(name, options[name])
-    for name in ("eps", "clip"):
+    for name in ("eps", "clip", "damping"):
         check_number(name, options[name], low_open=True)
     check_count("hessian_interval", options["hessian_interval"])
-    check_choice("curvature", options["curvature"], ("gnb", "hutchinson", "squared_gradient"))
+    check_choice("curvature", options["curvature"], (*DUE, "squared_gradient", *WHITENED))
     check_choice("state_dtype", options["state_dtype"], _STATE_DTYPES)
+
+
+def _check_whitened(params: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Raise when parameters cannot be whitened."""
+    advice = 'Take curvature="gnb" for that group.'
+    for number, param in enumerate(params):
+        if isinstance(param, Tensor) and param.dim() > 2:
+            wrong = (
+                f"Parameter {number} of a group with curvature {options['curvature']!r} has {param.dim()} dimensions"
+            )
+            raise ValueError(problem(wrong, "weights of linear layers", advice))
+    if options["state_dtype"] == "uint8":
+        wrong = f"state_dtype is torch.uint8 with curvature {options['curvature']!r}"
+        raise ValueError(problem(wrong, "torch.float32 or torch.bfloat16", advice))
 
 
 def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[list[int] | None]:

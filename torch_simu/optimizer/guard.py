@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_simu._checks import problem
 from torch_simu.optimizer.entries import Entry, agreed
+from torch_simu.optimizer.groups import DUE
 
 
 class Guard:
@@ -93,7 +94,7 @@ class Guard:
         By calls, not by the counters of the groups, which may be on the device.
         """
         self._resting = max(0, self._resting - 1)
-        waiting = [group for group in groups if group["curvature"] != "squared_gradient"]
+        waiting = [group for group in groups if group["curvature"] in DUE]
         if self._unrefreshed is None or not waiting or torch.compiler.is_compiling():
             return
         if any(not isinstance(group["next_refresh"], Tensor) and group["next_refresh"] > 1 for group in waiting):

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torch_simu._checks import problem
-from torch_simu.columns import NeuronDim, compact_shape
+from torch_simu.columns import NeuronDim, compact_shape, num_columns
 from torch_simu.optimizer.counters import plain_counters
 from torch_simu.optimizer.entries import compact_placements, local
-from torch_simu.optimizer.stepping import step_device
-from torch_simu.optimizer.storage import SHAPED
+from torch_simu.optimizer.stepping.state import step_device
+from torch_simu.optimizer.storage import SHAPED, WHOLE
 
 Groups = Sequence[Mapping[str, Any]]
 _ADVICE = "Make the optimizer with the selection that the state was saved for."
@@ -52,6 +52,11 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
             if value is not None and tuple(value.shape) != shape:
                 wrong = f"The saved {key} of parameter {saved_id} has shape {tuple(value.shape)}"
                 raise ValueError(problem(wrong, f"{shape}", _ADVICE))
+        factor = state_dict["state"].get(saved_id, {}).get("neuron_factor")
+        size = num_columns(param.shape, group["neuron_dim"]) if count is None else count
+        if factor is not None and tuple(factor.shape) != (size, size):
+            wrong = f"The saved neuron_factor of parameter {saved_id} has shape {tuple(factor.shape)}"
+            raise ValueError(problem(wrong, f"{(size, size)}", _ADVICE))
 
 
 @contextmanager
@@ -101,6 +106,9 @@ def restore_state(state: Mapping[Tensor, dict[str, Any]], state_dict: Mapping[st
             if key == "step":
                 device = step_device(group, local(param).device)
                 state[param][key] = torch.as_tensor(value).detach().to(device, torch.float32, copy=True)
+            elif key in WHOLE:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                state[param][key] = whole.detach().to(local(param).device, copy=True)
             elif isinstance(value, Tensor):
                 state[param][key] = restored(value, param, neurons, group["neuron_dim"])
 

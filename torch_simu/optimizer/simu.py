@@ -8,22 +8,20 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from torch_simu._checks import check_count, check_number
-from torch_simu.curvature import bartlett_diagonal
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer.counters import steps_left
-from torch_simu.optimizer.entries import Entry, Selected, entries_of
-from torch_simu.optimizer.estimates import Estimates, hutchinson_entries
-from torch_simu.optimizer.groups import checked_group, complete_group, dtype_name, refreshed_by, selected_groups
+from torch_simu.optimizer.curvature.estimates import Estimates
+from torch_simu.optimizer.curvature.updates import CurvatureUpdates
+from torch_simu.optimizer.entries import Selected
+from torch_simu.optimizer.groups import checked_group, complete_group, dtype_name, selected_groups
 from torch_simu.optimizer.guard import Guard
 from torch_simu.optimizer.loading import loading, saving
 from torch_simu.optimizer.reselection import reselect
-from torch_simu.optimizer.stepping import health, refresh_group, step_group
+from torch_simu.optimizer.stepping.group import step_group
+from torch_simu.optimizer.stepping.health import health
 
 
-class SIMUOptimizer(Optimizer):
+class SIMUOptimizer(CurvatureUpdates):
     r"""Clipped second-order steps (Sophia, Gauss-Newton) on selected neurons, with state for those neurons only.
 
     For the selected entries $S$ of a parameter,
@@ -35,12 +33,22 @@ class SIMUOptimizer(Optimizer):
     `gauss_newton_loss`). Everything off $S$ stays bit-identical and has no state. With all neurons selected this is
     Sophia (Liu et al. 2023, arXiv 2305.14342); with the MLP's critical neurons it is SIMU (arXiv 2510.07822).
 
+    With `curvature="neurons"` the step is a full matrix among the neurons instead of a diagonal: the gradient of a
+    layer is multiplied by the inverse of the covariance $A$ of its selected neurons on the forget set, and moves the
+    layer by a share $\eta$ of the norm of its selected weights, without a clip per entry:
+
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) \frac{G A^{-1}}{\lVert G A^{-1} \rVert}, \qquad
+      W_S \leftarrow W_S (1 - \eta\lambda) - \eta\,\lVert W_S \rVert\,m.$$
+
+    With "both" it is $D^{-1} G A^{-1}$, with $D$ the covariance of the gradients of the layer's outputs.
+
     Args:
         params: Parameters; `model.named_parameters()`, then `selection` says which of their entries train; or groups
             with `params`, a list `neurons` aligned with it (per parameter: None = all, [] = none, or indices) and
             `neuron_dim`, the dimension those indices count (default -1), or a tuple of dimensions, which they count
             together with the last one fastest: `(0, 2)` of fused experts counts expert after expert.
-        lr: Step size $\eta$, the largest change of one entry per step when `clip` is 1; a float or one-element tensor.
+        lr: Step size $\eta$, the largest change of one entry per step when `clip` is 1, or of a layer as a share of its
+            norm where it is whitened; a float or one-element tensor.
         betas: Decay of the momentum and of the curvature.
         rho: Curvature scale $\rho$: larger clips less.
         eps: Floor $\epsilon$ of the denominator.
@@ -59,7 +67,10 @@ class SIMUOptimizer(Optimizer):
             counters and the draws of stochastic rounding are the device's; reading `hessian_due` waits for it then.
         curvature: Where the curvature comes from: `update_hessian` after a backward of `gauss_newton_loss` ("gnb"),
             `update_hutchinson` ("hutchinson"), or the square of each step's own gradient ("squared_gradient", the
-            empirical Fisher of other packages: explicit, because it is none).
+            empirical Fisher of other packages: explicit, because it is none). Or `update_curvature`, from hooks: the
+            covariance of the selected neurons among themselves ("neurons"), and of their layer's outputs beside it
+            ("both").
+        damping: What is added to the diagonal of a covariance, as a share of its mean.
 
     Raises:
         ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
@@ -95,7 +106,8 @@ class SIMUOptimizer(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
-        curvature: Literal["gnb", "hutchinson", "squared_gradient"] = "gnb",
+        curvature: Literal["gnb", "hutchinson", "squared_gradient", "neurons", "both"] = "gnb",
+        damping: float = 0.1,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -112,6 +124,7 @@ class SIMUOptimizer(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "curvature": curvature,
+            "damping": damping,
             "neuron_dim": -1,
             "num_steps": 0,
             "next_refresh": 1,
@@ -137,23 +150,6 @@ class SIMUOptimizer(Optimizer):
         """
         self._guard.rest(0)
         super().add_param_group(checked_group(param_group, self.defaults))
-
-    @property
-    def hessian_due(self) -> bool:
-        """Whether the curvature should be refreshed now: after step 1, then every `hessian_interval` steps.
-
-        On a GPU this reads the device where it may be so, with `capturable` always, and says what non-finite gradients
-        stopped since.
-        """
-        if self._guard.rests():
-            return False
-        left = steps_left(group for group in self.param_groups if group["curvature"] != "squared_gradient")
-        if isinstance(left, Tensor):
-            left = int(left)
-            self._guard.say()
-            # A replayed step is not known here.
-            self._guard.rest(0 if any(group["capturable"] for group in self.param_groups) else left)
-        return left <= 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -183,67 +179,6 @@ class SIMUOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def update_hessian(
-        self, num_tokens: int | Tensor, *, grad_scale: float | Tensor | None = None, last: bool = True
-    ) -> None:
-        r"""Refresh the curvature from `.grad`, which must hold the gradient of `gauss_newton_loss`.
-
-        $h \leftarrow \beta_2 h + (1 - \beta_2) B \hat g^2$. Call it after `loss.backward()` of that loss with the
-        gradients zeroed before, and zero them again afterwards. Do not clip that gradient. Several micro-batches vary
-        less than one: call it after each, with the gradients zeroed in between, and with `last=False` on all but the
-        last; then $B \hat g^2$ is averaged over them, weighted by their positions.
-
-        Args:
-            num_tokens: Number $B$ of positions behind the mean, as `gauss_newton_loss` returns it; over all processes,
-                where the gradient is that of a mean over all processes.
-            grad_scale: Factor by which the loss was multiplied (a GradScaler's scale, say); None: 1.
-            last: Whether this is the last micro-batch of the refresh.
-
-        Raises:
-            ValueError: If `num_tokens` or `grad_scale` is not positive, or no group takes this curvature.
-        """
-        for name, value in (("num_tokens", num_tokens), ("grad_scale", grad_scale)):
-            if value is not None and not isinstance(value, Tensor):
-                check_number(name, value, low_open=True)
-        numbers = refreshed_by(self.param_groups, "gnb", "update_hessian")
-        entries = self._entries(numbers)
-        finite = self._guard.passes(entries, self.param_groups, "refresh")
-        if finite is not False:
-            grads = [entry.grad if grad_scale is None else entry.grad / grad_scale for entry in entries]
-            estimates = [bartlett_diagonal(grad, cast("int", num_tokens)) for grad in grads]
-            self._estimates.add(entries, estimates, num_tokens, finite)
-        if last:
-            self._refresh(numbers)
-
-    def update_hutchinson(self, loss: Tensor, *, generator: torch.Generator | None = None, num_probes: int = 1) -> None:
-        r"""Refresh the curvature from a loss, by Hutchinson's estimator $u \odot (H u)$ with $u$ of random signs.
-
-        It differentiates the loss twice, by the selected entries only, and leaves `.grad` alone. Unlike
-        `gauss_newton_loss` it takes any loss; where it bends downwards the floor `eps` takes over.
-
-        Args:
-            loss: A scalar, not yet differentiated.
-            generator: Source of the signs, on the device of the parameters.
-            num_probes: How many estimates are averaged.
-
-        Raises:
-            ValueError: If no group takes this curvature, or a parameter is distributed.
-            RuntimeError: If the loss cannot be differentiated twice.
-        """
-        check_count("num_probes", num_probes)
-        numbers = refreshed_by(self.param_groups, "hutchinson", "update_hutchinson")
-        draws = hutchinson_entries(
-            loss, self.param_groups, numbers, self._selected, generator=generator, num_probes=num_probes
-        )
-        for entries in draws:
-            with torch.no_grad():
-                finite = self._guard.passes(entries, self.param_groups, "refresh")
-                if finite is not False:
-                    self._estimates.add(entries, [entry.grad for entry in entries], 1, finite)
-        with torch.no_grad():
-            self._refresh(numbers)
-
-    @torch.no_grad()
     def change_selection(self, selection: NeuronSelection, model: nn.Module) -> None:
         """Train other neurons from now on: those in both keep their state, new ones start at zero, others lose it.
 
@@ -269,8 +204,8 @@ class SIMUOptimizer(Optimizer):
         """Return health figures, reading them from the device only now.
 
         Returns:
-            `unclipped`: per group, the share of entries whose step is not clipped (None before the first step; 0.1 to
-            0.5 is healthy, Liu et al. 2023). `momentum_norm` and `curvature_norm`: per group, the Euclidean norms.
+            `unclipped`: per group, the share of entries whose step is not clipped (None before the first step, and where
+            it is whitened; 0.1 to 0.5 is healthy, Liu et al. 2023). `momentum_norm` and `curvature_norm`: per group, the Euclidean norms.
             Of distributed parameters these are figures of this process's shards. `skipped_steps`: how many steps and
             refreshes a non-finite gradient stopped.
         """
@@ -289,12 +224,3 @@ class SIMUOptimizer(Optimizer):
         """
         with loading(self):
             super().load_state_dict(cast("dict[str, Any]", state_dict))
-
-    def _entries(self, numbers: Iterable[int]) -> list[Entry]:
-        return list(entries_of(self.param_groups, numbers, self._selected))
-
-    def _refresh(self, numbers: list[int]) -> None:
-        means, passed = self._estimates.take()
-        self._guard.count_refresh()
-        for number in numbers if passed is not False else ():
-            refresh_group(self.param_groups[number], means, self.state, passed)

@@ -17,6 +17,12 @@ from torch_simu.optimizer.entries import Entry, local, stored
 SHAPED = ("exp_avg", "hessian", "master")
 """Keys of the state whose values have the compact shape."""
 
+FACTORS = ("neuron_factor", "output_factor")
+"""Keys of the Cholesky factors of covariances, the same in every process."""
+
+WHOLE = (*FACTORS, "weight_norm")
+"""Keys of the state that are never spread over processes."""
+
 _SCALES = "_absmax"
 
 

@@ -1,0 +1,1 @@
+"""Where the curvature of a refresh comes from: estimates of a diagonal, or factors from hooks."""

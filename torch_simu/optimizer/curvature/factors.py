@@ -1,0 +1,169 @@
+"""Factors: what hooks saw of each trained layer, as the covariances by which its gradient is whitened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torch_simu._checks import problem
+from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
+from torch_simu.columns import neurons_first
+from torch_simu.hooks import NeuronHookError, NeuronHooks
+from torch_simu.layers import neuron_dim
+from torch_simu.optimizer.entries import Entry, local, summed_over_shards
+from torch_simu.optimizer.storage import FACTORS
+from torch_simu.whitening import damped_cholesky, undamped
+
+
+class Trained(NamedTuple):
+    """The selected entries of a parameter, and the hooked layer that it is of.
+
+    Attributes:
+        entry: The entries; its gradient is not looked at, but for its dtype.
+        group: The options of its group.
+        layer: The layer.
+        name: Name of the layer.
+        neurons: The layer's neurons whose columns train, in order. Shape: `(num_selected,)`.
+    """
+
+    entry: Entry
+    group: Mapping[str, Any]
+    layer: nn.Module
+    name: str
+    neurons: Tensor
+
+
+class Covariances(NamedTuple):
+    """What one refresh found of a layer, over all processes: means over `num_positions`, which may be zero."""
+
+    neurons: Tensor
+    outputs: Tensor | None
+    num_positions: Tensor
+
+
+def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: NeuronHooks) -> Iterator[Trained]:
+    """Yield entries of weights, given with their groups, each with its hooked layer.
+
+    Raises:
+        ValueError: If no hook sees the layer of one of them.
+    """
+    owners: dict[Tensor, tuple[str, nn.Module]] = {}
+    for name, layer in hooks.layers.items():
+        owners.update((param, (name, layer)) for param in layer.parameters(recurse=False))
+    for group, entry in entries:
+        param, dim, shape = entry.param, group["neuron_dim"], tuple(entry.param.shape)
+        if param.dim() != 2:
+            # A bias has no neurons: it moves along its plain gradient.
+            continue
+        if param not in owners:
+            advice = 'Pass hooks of register_neuron_hooks(model, selection, reduce="covariance").'
+            wrong = f"No hook sees the layer of a parameter that trains, of shape {shape}"
+            raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
+        name, layer = owners[param]
+        indices = entry.columns.indices
+        columns = torch.arange(shape[dim], device=local(param).device) if indices is None else indices
+        if _is_delta(param, layer):
+            columns = cast("Tensor", layer.idx)[columns]
+        elif dim % 2 != cast("int", neuron_dim(layer)) % 2:
+            wrong = f"The optimizer selects outputs of layer {name!r}"
+            raise ValueError(problem(wrong, "neurons, which are its inputs", 'Take curvature="gnb" for that group.'))
+        yield Trained(entry, group, layer, name, columns)
+
+
+def covariances(
+    layers: Sequence[Trained], hooks: NeuronHooks, process_group: dist.ProcessGroup | None
+) -> list[Covariances]:
+    """Return what all processes recorded of some layers.
+
+    Raises:
+        ValueError: If the hooks are of other neurons than those that train.
+        NeuronHookError: If none of the layers recorded anything in this process.
+    """
+    recorded = [hooks.recorded(trained.name) for trained in layers]
+    if layers and not any(recorded):
+        # The error of any of them names the likely causes.
+        raise NeuronHookError(str(_error(hooks, layers[0].name)))
+    found = []
+    for trained, has in zip(layers, recorded, strict=True):
+        size, both = len(trained.neurons), trained.group["curvature"] == "both"
+        grad = trained.entry.grad
+        # Of all outputs, also where this process holds some of their rows only.
+        width = trained.entry.param.shape[(trained.group["neuron_dim"] + 1) % 2]
+        sides = [grad.new_zeros(each, each) for each in ((size, width) if both else (size,))]
+        count = torch.zeros((), dtype=torch.int64, device=grad.device)
+        if has:
+            places = _places(trained, hooks.neurons(trained.name))
+            total = hooks[trained.name]
+            places = places.to(total.device)
+            sides[0] = total.index_select(0, places).index_select(1, places).to(grad)
+            if both:
+                sides[1] = hooks.outputs[trained.name].to(grad)
+            count = hooks.num_positions(trained.name).to(grad.device)
+        if dist.is_available() and dist.is_initialized():
+            # Sums that were added up before are only scaled, and the count with them.
+            count = count.clone()
+            for each in (*sides, count):
+                dist.all_reduce(each, dist.ReduceOp.SUM, process_group)
+        means = [each / count.clamp(min=1) for each in sides]
+        found.append(Covariances(means[0], means[1] if both else None, count))
+    return found
+
+
+def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, finite: Tensor | bool) -> None:
+    """Average covariances into the state of a parameter, which keeps their Cholesky factors only.
+
+    Where no position was reached, or `finite` is false, a factor stays what it was.
+    """
+    beta2, damping = trained.group["betas"][1], trained.group["damping"]
+    chosen = (found.num_positions > 0) & finite
+    for key, covariance in zip(FACTORS, (found.neurons, found.outputs), strict=True):
+        if covariance is None:
+            continue
+        covariance = torch.where(chosen, covariance, 0)
+        mixed = torch.lerp(undamped(state[key], damping=damping), covariance, 1 - beta2) if key in state else covariance
+        factor = damped_cholesky(mixed, damping=damping)
+        state[key] = torch.where(chosen, factor, state[key]) if key in state else factor
+    state["weight_norm"] = weight_norm(trained.entry, trained)
+
+
+def weight_norm(entry: Entry, trained: Trained | None = None) -> Tensor:
+    """Return the norm of the selected weights, over all processes; of a delta, with the weights beside it."""
+    values = entry.gather()
+    if trained is not None and _is_delta(entry.param, trained.layer):
+        layer = trained.layer
+        weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
+        kept = neurons_first(weight, neuron_dim(layer)).index_select(0, trained.neurons.to(weight.device))
+        values = kept.T + values
+    square = values.to(entry.grad.dtype).square().sum()
+    return summed_over_shards([square], [entry.param])[0].sqrt()
+
+
+def _is_delta(param: Tensor, layer: nn.Module) -> bool:
+    """Say whether a parameter is the change of some columns, kept beside the weight."""
+    return param is getattr(layer, "delta", None)
+
+
+def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
+    try:
+        hooks[layer]
+    except NeuronHookError as error:
+        return error
+    raise AssertionError(layer)
+
+
+def _places(trained: Trained, seen: Tensor | None) -> Tensor:
+    """Return where the neurons that train are among those that a hook saw; None: it saw all."""
+    if seen is None:
+        return trained.neurons
+    seen = seen.to(trained.neurons.device)
+    places = torch.searchsorted(seen, trained.neurons)
+    fits = len(seen) > 0 and bool((seen[places.clamp(max=len(seen) - 1)] == trained.neurons).all())
+    if len(trained.neurons) and not fits:
+        wrong = f"The hooks on layer {trained.name!r} see {len(seen)} neurons, and not all that train"
+        advice = "Register them with the selection that trains."
+        raise ValueError(problem(wrong, f"the {len(trained.neurons)} that train among them", advice))
+    return places

@@ -1,0 +1,1 @@
+"""Stepping: from the entries and the state of a group to new weights."""

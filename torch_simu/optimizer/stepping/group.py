@@ -1,0 +1,44 @@
+"""Group: one step and one refresh of a group, by its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torch_simu.optimizer.counters import count_step, place_counters, schedule_refresh, steps_left
+from torch_simu.optimizer.entries import Entry
+from torch_simu.optimizer.groups import WHITENED
+from torch_simu.optimizer.stepping.clipped import clip_entries
+from torch_simu.optimizer.stepping.state import fold, state_of
+from torch_simu.optimizer.stepping.trust import trust_entries
+
+
+def step_group(
+    group: dict[str, Any], entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], finite: Tensor | bool
+) -> None:
+    """Make one step of a group and count it, where `finite` is true."""
+    # Before the step, whose draws go by the counter.
+    place_counters(group, finite)
+    own = [state_of(states, group, entry) for entry in entries]
+    refreshed = group["curvature"] == "squared_gradient" and finite & (steps_left([group]) <= 1)
+    if refreshed is not False:
+        for entry, state in zip(entries, own, strict=True):
+            fold(group, state, entry.grad.square(), refreshed)
+    (trust_entries if group["curvature"] in WHITENED else clip_entries)(group, entries, own, finite)
+    count_step(group, finite)
+    if refreshed is not False:
+        schedule_refresh(group, refreshed)
+
+
+def refresh_group(
+    group: dict[str, Any],
+    means: Mapping[Tensor, tuple[Entry, Tensor]],
+    states: Mapping[Tensor, dict[str, Any]],
+    finite: Tensor | bool,
+) -> None:
+    """Fold curvature estimates into the state of a group, where `finite` is true; else the refresh stays due."""
+    for entry, mean in (means[param] for param in group["params"] if param in means):
+        fold(group, state_of(states, group, entry), mean, finite)
+    schedule_refresh(group, finite)

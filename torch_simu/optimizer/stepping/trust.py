@@ -1,0 +1,93 @@
+"""Trust steps: a whitened gradient moves each layer by a share of the norm of its selected weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torch_simu._checks import problem
+from torch_simu.columns import NeuronDim
+from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
+from torch_simu.optimizer.stepping.writing import selected_weight, step_size, write_weight
+from torch_simu.optimizer.storage import read, write
+from torch_simu.whitening import trust_step_, whiten
+
+
+def trust_entries(
+    group: Mapping[str, Any], entries: Sequence[Entry], states: Sequence[dict[str, Any]], finite: Tensor | bool
+) -> None:
+    """Make one step of a group.
+
+    Args:
+        group: Its options.
+        entries: Of its parameters that have a gradient.
+        states: Aligned with `entries`.
+        finite: True, or a scalar on the device; where that is false nothing changes.
+
+    Raises:
+        RuntimeError: If the curvature was never refreshed.
+    """
+    if any("weight_norm" not in state for state in states):
+        wrong = f"The curvature {group['curvature']!r} was never refreshed for these neurons"
+        advice = "Call it before step whenever hessian_due says so."
+        raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
+    directions = [_direction(group, entry, state) for entry, state in zip(entries, states, strict=True)]
+    squares = [direction.square().sum() for direction in directions]
+    norms = [each.sqrt() for each in summed_over_shards(squares, [entry.param for entry in entries])]
+    for entry, state, direction, norm in zip(entries, states, directions, norms, strict=True):
+        _step(group, entry, state, direction, norm, finite.to(norm.device) if isinstance(finite, Tensor) else True)
+
+
+def _direction(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -> Tensor:
+    """Return the whitened gradient, in the shape of the compact one."""
+    grad = -entry.grad if group["maximize"] else entry.grad
+    factor, outputs = state.get("neuron_factor"), state.get("output_factor")
+    dim = group["neuron_dim"]
+    if factor is not None:
+        grad = neurons_last(whiten(neurons_last(grad, dim), factor), dim)
+    if outputs is None:
+        return grad
+    if not isinstance(entry.param, DTensor):
+        return neurons_last(whiten(neurons_last(grad, dim), None, outputs), dim)
+    # The outputs are spread over the processes, and every one of them depends on all.
+    spread = stored(grad, entry.param, entry.columns)
+    assert isinstance(spread, DTensor)
+    whole = neurons_last(whiten(neurons_last(spread.full_tensor(), dim), None, outputs), dim)
+    return local(distribute_tensor(whole, spread.device_mesh, spread.placements, src_data_rank=None))
+
+
+def neurons_last(matrix: Tensor, dim: NeuronDim) -> Tensor:
+    """Return a weight, or what has its shape, as `(d_model, num_selected)`; applied twice it is as it was."""
+    return matrix if dim in (-1, 1) else matrix.T
+
+
+def _step(
+    group: Mapping[str, Any],
+    entry: Entry,
+    state: dict[str, Any],
+    direction: Tensor,
+    norm: Tensor,
+    finite: Tensor | bool,
+) -> None:
+    exp_avg = read(state, "exp_avg", direction.dtype)
+    if isinstance(finite, Tensor):
+        # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
+        direction, norm = torch.where(finite, direction, exp_avg), torch.where(finite, norm, 1.0)
+    weight = selected_weight(entry, state)
+    trust_step_(
+        weight,
+        direction,
+        exp_avg,
+        lr=step_size(group["lr"], finite),
+        beta1=group["betas"][0],
+        direction_norm=norm,
+        weight_norm=state["weight_norm"].to(weight),
+        weight_decay=group["weight_decay"],
+    )
+    write_weight(group, entry, weight, finite)
+    write(state, "exp_avg", exp_avg)
+    state["step"] += finite if isinstance(finite, Tensor) else 1

@@ -1,0 +1,132 @@
+"""The whitened step: a gradient is multiplied by inverse covariances, and moves a layer by a share of its norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_simu._checks import problem
+
+_FLOOR = 1e-12
+
+
+def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
+    r"""Return the lower triangular $L$ with $L L^T = C + \delta\,\overline{\operatorname{diag} C}\,I$.
+
+    Args:
+        covariance: A covariance $C$, symmetric and positive semidefinite. Shape: `(num, num)`.
+        damping: $\delta > 0$, relative to the mean of the diagonal, so that the scale of activations does not matter.
+
+    Raises:
+        ValueError: If `covariance` is not square.
+
+    Examples:
+        >>> damped_cholesky(torch.diag(torch.tensor([3.0, 1.0])), damping=0.5)
+        tensor([[2.0000, 0.0000],
+                [0.0000, 1.4142]])
+    """
+    if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(problem(f"covariance has shape {tuple(covariance.shape)}", "a square matrix"))
+    mean = covariance.diagonal().mean()
+    damped = covariance.clone()
+    # The floor is for neurons that are silent at every position.
+    damped.diagonal().add_((damping * mean).clamp(min=_FLOOR))
+    # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero.
+    factor: Tensor = torch.linalg.cholesky_ex(damped).L
+    return factor
+
+
+def undamped(factor: Tensor, *, damping: float) -> Tensor:
+    """Return the covariance that `damped_cholesky` made a factor of.
+
+    So an optimizer need not keep both.
+
+    Args:
+        factor: What `damped_cholesky` returned. Shape: `(num, num)`.
+        damping: The same as there.
+
+    Examples:
+        >>> undamped(damped_cholesky(torch.eye(2), damping=0.5), damping=0.5)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    covariance = factor @ factor.T
+    mean = covariance.diagonal().mean()
+    covariance.diagonal().sub_(mean * damping / (1 + damping))
+    return covariance
+
+
+def whiten(grad: Tensor, neuron_factor: Tensor | None, output_factor: Tensor | None = None) -> Tensor:
+    r"""Return $D^{-1} G A^{-1}$, from the Cholesky factors of both covariances.
+
+    $A$ is the covariance of the neurons' activations and $D$ that of the gradients of the layer's outputs: together
+    the Kronecker-factored curvature of a linear layer (Martens and Grosse 2015, arXiv 1503.05671). Over the forget set
+    the inverse takes out of a step the directions that all its rows share, which an attacker's gradient takes, too.
+
+    Args:
+        grad: Gradient $G$. Shape: `(d_model, num_selected)`.
+        neuron_factor: Factor of $A$; None: the identity. Shape: `(num_selected, num_selected)`.
+        output_factor: Factor of $D$; None: the identity. Shape: `(d_model, d_model)`.
+
+    Raises:
+        ValueError: If a factor does not fit.
+
+    Examples:
+        >>> whiten(torch.tensor([[4.0, 1.0]]), torch.diag(torch.tensor([2.0, 1.0])))
+        tensor([[1., 1.]])
+    """
+    for name, factor, size in (("neuron_factor", neuron_factor, grad.shape[1]), ("output_factor", output_factor, None)):
+        size = grad.shape[0] if size is None else size
+        if factor is not None and factor.shape != (size, size):
+            raise ValueError(problem(f"{name} has shape {tuple(factor.shape)}", f"{(size, size)}"))
+    if neuron_factor is not None:
+        grad = torch.cholesky_solve(grad.T, neuron_factor).T
+    return grad if output_factor is None else torch.cholesky_solve(grad, output_factor)
+
+
+def trust_step_(
+    weight: Tensor,
+    direction: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    direction_norm: Tensor,
+    weight_norm: Tensor,
+    weight_decay: float = 0.0,
+) -> None:
+    r"""Move selected weights by a share of their norm, in place.
+
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) \frac{g}{\lVert g \rVert}, \qquad
+      w \leftarrow w (1 - \eta\lambda) - \eta\,\lVert w \rVert\, m$$
+
+    Apart from the decay no step is longer than $\eta\,\lVert w \rVert$; it is shorter where directions disagree.
+
+    Args:
+        weight: Selected weights $w$, changed in place. Shape: `(d_model, num_selected)`.
+        direction: Whitened gradient $g$. Shape: as `weight`.
+        exp_avg: Momentum $m$, without a unit, changed in place. Shape: as `weight`.
+        lr: Step size $\eta$: the largest step as a share of the norm of the weights.
+        beta1: Decay of the momentum.
+        direction_norm: $\lVert g \rVert$, over all shards; a direction of zero stays zero.
+        weight_norm: $\lVert w \rVert$, over all shards.
+        weight_decay: Decoupled decay $\lambda$.
+
+    Raises:
+        ValueError: If `direction` or `exp_avg` has another shape than `weight`.
+
+    Examples:
+        >>> weight, zero, norm = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor(5.0)
+        >>> direction = torch.tensor([[0.0, 2.0]])
+        >>> trust_step_(weight, direction, zero, lr=0.1, beta1=0.0, direction_norm=torch.tensor(2.0), weight_norm=norm)
+        >>> weight
+        tensor([[3.0000, 3.5000]])
+    """
+    for name, tensor in (("direction", direction), ("exp_avg", exp_avg)):
+        if tensor.shape != weight.shape:
+            raise ValueError(problem(f"{name} has shape {tuple(tensor.shape)}", f"{tuple(weight.shape)} as weight"))
+    tiny = torch.finfo(direction.dtype).tiny
+    exp_avg.lerp_(direction / direction_norm.clamp(min=tiny), 1 - beta1)
+    if weight_decay != 0:
+        weight.mul_(1 - lr * weight_decay)
+    weight.sub_(exp_avg * (lr * weight_norm))
