@@ -1,0 +1,118 @@
+"""GradientBalance: the forget gradient is brought to the norm of the retain gradient before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_simu._checks import check_number, problem
+from torch_simu.optimizer.entries import Entry, Selected, aligned, entries_of, local, summed_over_shards
+
+
+class GradientBalance:
+    r"""Keeps the forget gradient apart, and adds it to the retain gradient at the same norm.
+
+    With $f$ and $r$ the two gradients over all that the optimizer trains, a step takes
+
+    $$\max(\lVert r \rVert, \epsilon)\, \frac{f}{\lVert f \rVert} + \gamma\, r.$$
+
+    So neither drowns the other, whatever the losses are. The floor $\epsilon$ keeps the forget gradient alive where
+    nothing is left to repair on the retain set. Norms are over trained entries only, in all shards.
+
+    Args:
+        optimizer: Any optimizer; of a `SIMUOptimizer` the selected entries count.
+        floor: $\epsilon$, in loss per unit of weight.
+
+    Raises:
+        ValueError: If `floor` is not positive.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> balance = GradientBalance(torch.optim.SGD([weight], lr=1.0))
+        >>> with balance.forget():
+        ...     (100 * weight[0]).backward()
+        >>> (weight[1] / 2).backward()
+        >>> balance.combine_(retain_weight=2.0)
+        >>> weight.grad
+        tensor([0.5000, 1.0000])
+    """
+
+    def __init__(self, optimizer: Optimizer, *, floor: float = 0.1) -> None:
+        self._floor = check_number("floor", floor, low_open=True)
+        self._optimizer, self._selected = optimizer, Selected()
+        self._forget: dict[Tensor, Entry] = {}
+
+    @contextmanager
+    def forget(self) -> Iterator[None]:
+        """Take the gradients of backward passes inside the block for those of the forget set.
+
+        What `.grad` holds comes back behind it. Several blocks before a step, one for each micro-batch, add up.
+        """
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        kept = [param.grad for param in params]
+        for param in params:
+            param.grad = self._spread(param)
+        try:
+            yield
+            # Only here, so that a backward that failed leaves what there was.
+            self._forget = {entry.param: entry for entry in self._entries()}
+        finally:
+            for param, grad in zip(params, kept, strict=True):
+                param.grad = grad
+
+    @torch.no_grad()
+    def combine_(self, *, retain_weight: float | Tensor = 1.0) -> None:
+        r"""Let `.grad`, which holds the retain gradient, be the balanced sum.
+
+        Args:
+            retain_weight: $\gamma$, the weight of the retain gradient beside a forget gradient of the same norm.
+
+        Raises:
+            RuntimeError: If no backward ran inside a `forget` block since the last step.
+        """
+        if not self._forget:
+            wrong = "No forget gradient was recorded"
+            raise RuntimeError(problem(wrong, "a backward inside balance.forget()", "Call it before combine_."))
+        forget, self._forget = list(self._forget.values()), {}
+        forget_norm, retain_norm = (_norm(entries) for entries in (forget, self._entries()))
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(retain_weight)
+        tiny = torch.finfo(torch.float32).tiny
+        scale = retain_norm.to(forget_norm).clamp(min=self._floor) / forget_norm.clamp(min=tiny)
+        for entry in forget:
+            param = entry.param
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            param.grad = aligned(param.grad, param)
+            grad = local(param.grad)
+            entry.columns.add_(grad, (entry.grad * scale.to(entry.grad)).to(grad.dtype))
+
+    def _spread(self, param: Tensor) -> Tensor | None:
+        """Return the forget gradient so far, as a backward adds to it."""
+        entry = self._forget.get(param)
+        if entry is None:
+            return None
+        grad = torch.zeros_like(param)
+        entry.columns.write_(local(grad), entry.grad.to(grad.dtype))
+        return grad
+
+    def _entries(self) -> list[Entry]:
+        groups = [
+            {"neurons": [None] * len(group["params"]), "neuron_dim": -1, **group}
+            for group in self._optimizer.param_groups
+        ]
+        return list(entries_of(groups, range(len(groups)), self._selected))
+
+
+def _norm(entries: list[Entry]) -> Tensor:
+    if not entries:
+        return torch.zeros(())
+    squares = [entry.grad.square().sum() for entry in entries]
+    total = summed_over_shards(squares, [entry.param for entry in entries])
+    return torch.stack([each.to(total[0].device, torch.float64) for each in total]).sum().sqrt()
