@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, make_model
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import unlearn
-from torch_simu.unlearning.objectives import GradAscent, GradDiff, make_objective, mean_answer_nll
+from torch_simu.unlearning.objectives import GradAscent, GradDiff, Term, make_objective, mean_answer_nll
 from torch_simu.unlearning.steps import NonFiniteLossError
 
 RECIPE = DemoRecipe(
@@ -39,6 +40,7 @@ FAST = UnlearnConfig(
     attribution_steps=3,
     max_completeness_error=None,
 )
+LAST = "model.layers.1.mlp.down_proj.weight"
 
 
 @functools.cache
@@ -155,6 +157,47 @@ def test_a_broken_run_continues_bit_for_bit(memorized, tmp_path, method, stage, 
     assert done.log == expected.log and done.changed_share == expected.changed_share
 
 
+class Plugin:
+    """An objective whose repr is its address, and that of what it is made of."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def terms(self, model, forget, retain):
+        yield Term("forget", -1.0, self.loss(mean_answer_nll(model, forget)), "forget tokens")
+
+
+class Scaled:
+    """What is called, with a parameter."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, nll):
+        return self.factor * nll
+
+
+PLUGINS = {
+    "lambda": lambda factor: Plugin(lambda nll: factor * nll),
+    "partial": lambda factor: Plugin(functools.partial(torch.mul, factor)),
+    "object": lambda factor: Plugin(Scaled(factor)),
+}
+
+
+@pytest.mark.parametrize("make", PLUGINS.values(), ids=PLUGINS)
+def test_a_run_of_a_plug_in_objective_continues_bit_for_bit_and_another_one_is_refused(memorized, tmp_path, make):
+    model, examples = memorized
+    config = FAST.updated(max_steps=4, checkpoint_interval=2)
+    whole, broken, resumed = (copy.deepcopy(model) for _ in range(3))
+    run(whole, examples, config, objective=make(2.0))
+    with pytest.raises(Stopped):
+        run(broken, examples, config, objective=make(2.0), checkpoint=tmp_path / "run", progress=stop_at("unlearn", 3))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(copy.deepcopy(model), examples, config, objective=make(3.0), checkpoint=tmp_path / "run")
+    run(resumed, examples, config, objective=make(2.0), checkpoint=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_a_killed_process_continues_bit_for_bit(memorized, tmp_path):
     model, examples = memorized
     model.save_pretrained(tmp_path / "model")
@@ -195,6 +238,43 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(memorized):
     ):
         run(model, examples, config)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters() if name != "lm_head.weight")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_changes_and_the_run_goes_on(memorized, tmp_path, method):
+    model, examples = memorized
+    config = FAST.updated(method=method, max_steps=5, checkpoint_interval=2)
+    whole, stopped, short, resumed = (copy.deepcopy(model) for _ in range(4))
+    expected = run(whole, examples, config)
+    run(short, examples, config.updated(max_steps=3))
+    name = "model.layers.1.self_attn.o_proj.weight" if method == "attention_only" else LAST
+    broken = False
+
+    def break_it(gradient):
+        # An overflow: the loss stays finite.
+        return gradient.index_fill(1, torch.arange(gradient.shape[1]), float("inf")) if broken else gradient
+
+    def tell(stage, done, total, note=""):
+        nonlocal broken
+        broken = stage == "unlearn" and done == 3
+
+    stopped.get_parameter(name).register_hook(break_it)
+    message = re.escape(f"The gradient of step 4 is not finite in parameter {name!r}, expected finite numbers")
+    with pytest.raises(NonFiniteLossError, match=message):
+        run(stopped, examples, config, checkpoint=tmp_path / "run", progress=tell)
+    assert all(torch.equal(a, b) for a, b in zip(short.parameters(), stopped.parameters(), strict=True))
+    assert not torch.equal(short.get_parameter(name), model.get_parameter(name))
+    done = run(resumed, examples, config, checkpoint=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert done.log == expected.log
+
+
+def test_a_gradient_that_is_large_and_finite_is_stepped_with(memorized):
+    model, examples = memorized
+    # The square of it is not.
+    model.get_parameter(LAST).register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    done = run(model, examples, FAST.updated(method="all_neurons", max_steps=1))
+    assert done.changed_share > 0
 
 
 @pytest.mark.parametrize("which", ["forget", "retain"])
