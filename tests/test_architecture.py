@@ -39,6 +39,7 @@ FLOORS = {
 APPLICATION_FLOORS = {
     "checkpoint": 1,
     "data": 1,
+    "identity": 1,
     "objectives": 1,
     "progress": 0,
     "config": 2,

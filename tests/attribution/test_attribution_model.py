@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.attribution.reference_attribution import lively, loosely, reference
 from tests.models import tiny
-from torch_simu.attribution import Attribution
+from torch_simu.attribution import Attribution, attribute_neurons
 from torch_simu.attribution.site import Site
 
 METHODS = ("auto", "packed", "decode", "prefix", "layerwise", "joint")
@@ -211,3 +212,53 @@ def test_provenance_says_how_the_scores_came_about() -> None:
     expected = {"objective": "prob", "rule": "right", "steps": 4, "method": "packed", "model_type": "llama"}
     assert expected.items() <= attribution.provenance.items()
     assert {len(str(attribution.provenance[key])) for key in ("model", "weights")} == {64}
+
+
+NAMES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+@pytest.mark.parametrize("blocks", [None, ["LlamaDecoderLayer"]], ids=["layers", "blocks"])
+@pytest.mark.parametrize("offloaded", NAMES[:3])
+def test_a_model_of_which_a_part_is_offloaded_is_attributed_as_it_is_whole(
+    offloaded: str, blocks: list[str] | None, tmp_path: Path
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    whole = lively("llama")
+    places = {name: "disk" if name == offloaded else "cpu" for name in NAMES}
+    parted = accelerate.dispatch_model(
+        copy.deepcopy(whole),
+        places,
+        main_device="cpu",
+        offload_dir=tmp_path,
+        force_hooks=True,
+        preload_module_classes=blocks,
+    )
+    assert any(param.is_meta for param in parted.get_submodule(offloaded).parameters())
+    expected, found = (loosely(model, [BATCH], method="packed", steps=2) for model in (whole, parted))
+    assert all(torch.equal(found.scores[name], scores) for name, scores in expected.scores.items())
+
+
+@pytest.mark.parametrize("place", ["processor", "disk"])
+def test_a_model_that_is_offloaded_whole_is_refused(place: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(lively("llama"))
+    if place == "disk":
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    message = (
+        "All weights are offloaded, first those of layer 'model.embed_tokens', expected a layer on the device that "
+        "computes. Load the model without offloading"
+    )
+    with pytest.raises(ValueError, match=message):
+        attribute_neurons(model, [BATCH])
+
+
+@pytest.mark.parametrize("layer", ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.norm"])
+def test_a_layer_without_data_is_refused(layer: str) -> None:
+    model = copy.deepcopy(lively("llama"))
+    model.get_submodule(layer).to("meta")
+    message = f"The weights of layer '{layer}' are on the meta device, expected data. Load the model first"
+    with pytest.raises(ValueError, match=message):
+        attribute_neurons(model, [BATCH])

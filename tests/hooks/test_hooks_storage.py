@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.hooks import hooks_run
 from tests.hooks.hooked_network import PLAIN, Case, captured, naive_capture, retained
 from tests.hooks.test_hooks_capture import tiny
-from torch_simu.hooks import register_neuron_hooks
+from torch_simu.hooks import NeuronHookError, register_neuron_hooks
 
 # Several processes
 
@@ -72,6 +72,18 @@ def test_a_language_model_with_a_device_map_is_captured(tmp_path: Path) -> None:
         model(ids, labels=ids).loss.backward()
     for name in names:
         assert torch.equal(hooks[name], torch.stack(expected[name]))
+
+
+@pytest.mark.parametrize("reduce", ["attribution", None])
+def test_what_a_model_without_data_gives_is_refused(reduce: str | None) -> None:
+    model = tiny("llama").to("meta")
+    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    with register_neuron_hooks(model, reduce=reduce) as hooks:
+        model(ids).logits.sum().backward()
+    name = "model.layers.0.mlp.down_proj"
+    message = f"What was recorded for layer '{name}' is on the meta device, expected values. Load the model"
+    with pytest.raises(NeuronHookError, match=message):
+        hooks[name]
 
 
 WIDE = replace(PLAIN, d_model=32, d_ff=64)

@@ -1,4 +1,4 @@
-"""A run in a process of its own, for test_driver: it kills itself at a step, or goes on and saves the result."""
+"""A run in a process of its own, for test_resuming: it kills itself at a step, or goes on and saves the result."""
 
 from __future__ import annotations
 

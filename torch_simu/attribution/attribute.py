@@ -28,7 +28,7 @@ from torch_simu.attribution.path import Objective, Path, Rule
 from torch_simu.attribution.positions import fresh_positions
 from torch_simu.attribution.sequences import ScoredSequence, collect_sequences, data_hash
 from torch_simu.attribution.sharing import added_up, share_of
-from torch_simu.layers import Selector, check_kind, num_neurons, select_layers
+from torch_simu.layers import Selector, check_kind, check_loaded, num_neurons, select_layers
 
 MethodName = Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"]
 """How to attribute: the first three after "auto" are exact, the last two approximate, "auto" is the best exact one."""
@@ -103,8 +103,8 @@ def attribute_neurons(
     Raises:
         IncompleteError: If a layer's scores miss more than `max_completeness_error` of the change that they explain.
         ValueError: If there is no batch or no scored label, a batch is malformed, an option is unknown, the method
-            cannot be exact on this model, `resume` holds another attribution, or the processes of `group` were given
-            different things.
+            cannot be exact on this model, `resume` holds another attribution, the processes of `group` were given
+            different things, a layer has no data, or all are offloaded.
         TypeError: If a batch is no mapping of whole-number tensors, or a layer is of a kind without neurons.
         KeyError: If a batch lacks `input_ids` or `labels`, or a selected layer does not exist.
 
@@ -130,6 +130,7 @@ def attribute_neurons(
     layers = select_layers(model, select)
     for name, module in layers.items():
         check_kind(name, module)
+    check_loaded(model)
     sequences = collect_sequences(batches)
     with frozen(model), fresh_positions(model):
         check_linear(model, sequences[-1].ids[None].to(device_of(model)), layers)

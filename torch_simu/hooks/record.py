@@ -111,14 +111,18 @@ class LayerRecord:
         """Return the sum, or every position in the order of the calls.
 
         Raises:
-            NeuronHookError: If there is nothing; the message names the likely causes.
+            NeuronHookError: If there is nothing, or no values in it; the message names the likely causes.
         """
-        if self.total is not None:
-            return self.total
+        found = self.total
         if self.kept:
             # A backward meets the calls in reverse; positions are wanted in the order of the forward.
             self.kept.sort(key=lambda pair: pair[0])
-            return torch.cat([pair for _, pair in self.kept], dim=1)
+            found = torch.cat([pair for _, pair in self.kept], dim=1)
+        if found is not None:
+            if found.is_meta:
+                wrong = f"What was recorded for layer {self.layer!r} is on the meta device"
+                raise NeuronHookError(problem(wrong, "values", "Load the model, and give it inputs with data."))
+            return found
         if self.num_calls:
             wrong = f"Layer {self.layer!r} was called {self.num_calls} times, but no backward reached it"
             advice = "Call backward on what depends on it, and before the hooks are removed."

@@ -1,6 +1,6 @@
 """Layers: find those whose inputs are neurons, and say which dimension of their weight the neurons are."""
 
-from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
+from torch_simu.layers.checks import check_kind, check_loaded, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.groups import neuron_groups
 from torch_simu.layers.kinds import (
     d_model,
@@ -18,6 +18,7 @@ __all__ = [
     "Selector",
     "attention_projections",
     "check_kind",
+    "check_loaded",
     "check_num_neurons",
     "check_unshared",
     "check_weight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -80,6 +81,28 @@ def check_weight(name: str, layer: nn.Module) -> None:
         raise TypeError(problem(f"{what} computes something else than its weight says", "nn.Linear or Conv1D", _LOAD))
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Raise where a model cannot compute: a layer has no data and nothing that brings it, or all layers are offloaded.
+
+    Layers that accelerate offloads are on the meta device, and their hook brings the data for the time of a pass.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    empty = [name for name, module in model.named_modules() if any(each.is_meta for each in _tensors_of(module))]
+    for name in empty:
+        if not _is_offloaded(model, name):
+            wrong, advice = f"The weights of layer {name!r} are on the meta device", "Load the model first."
+            raise ValueError(problem(wrong, "data", advice))
+    if empty and all(param.is_meta for param in model.parameters()):
+        wrong = f"All weights are offloaded, first those of layer {empty[0]!r}"
+        advice = "Load the model without offloading, or let its device_map keep a layer."
+        raise ValueError(problem(wrong, "a layer on the device that computes", advice))
+
+
 def check_num_neurons(name: str, layer: nn.Module, counted: int) -> None:
     """Raise when a layer has another number of neurons than its selection counts.
 
@@ -102,6 +125,20 @@ def check_unshared(model: nn.Module, name: str, weight: nn.Parameter) -> None:
             raise ValueError(problem(f"Layers {name!r} and {other!r} share one weight", "a weight per layer"))
 
 
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _is_offloaded(model: nn.Module, name: str) -> bool:
+    """Say whether a hook of accelerate brings a layer's data: its own, or that of a block around it."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    hooks = [getattr(each, "_hf_hook", None) for each in around]
+    whole = any(getattr(hook, "place_submodules", False) for hook in hooks)
+    return whole or hasattr(model.get_submodule(name), "_hf_hook")
+
+
 def _is_foreign(weight: Tensor) -> bool:
     kind = type(weight)
     ours = kind.__module__.startswith(("torch.", "bitsandbytes."))
@@ -117,7 +154,7 @@ def _computes_its_weight(layer: nn.Module, weight: Tensor) -> bool:
     columns = weight if neuron_dim(layer) == -1 else weight.T
     rows = torch.linspace(-1.0, 1.0, 3 * columns.shape[1], dtype=weight.dtype, device=weight.device)
     rows = rows.reshape(3, -1).sin()
-    expected = functional.linear(rows, columns, cast("Tensor | None", layer.bias))
+    expected = functional.linear(rows, columns, cast("Tensor | None", getattr(layer, "bias", None)))
     training, layer.training = layer.training, False
     try:
         found = forward(layer, rows)

@@ -35,7 +35,7 @@ def fingerprint(configuration: Mapping[str, object], tensors: Iterable[Tensor]) 
         >>> fingerprint({"seed": 0}, []) == fingerprint({"seed": 1}, [])
         False
     """
-    start = json.dumps(configuration, sort_keys=True, default=str)
+    start = json.dumps(configuration, sort_keys=True)
     return sha256_of_all((("", tensor) for tensor in tensors), start)
 
 
@@ -65,7 +65,9 @@ class RunCheckpoint:
             raise ValueError(problem(f"Folder {str(folder)!r} is not empty and holds no run", "an empty folder"))
         if mark.exists() and mark.read_text().strip() != fingerprint:
             wrong = f"Checkpoint {str(folder)!r} belongs to another run"
-            raise ValueError(problem(wrong, "the same model, data and configuration", "Remove it to start anew."))
+            raise ValueError(
+                problem(wrong, "the same model, data, objective and configuration", "Remove it to start anew.")
+            )
         with replacing(mark) as temporary:
             temporary.write_text(fingerprint)
         return cls(folder, fingerprint)

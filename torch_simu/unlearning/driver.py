@@ -19,6 +19,7 @@ from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits
+from torch_simu.unlearning.identity import identity
 from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
@@ -92,7 +93,7 @@ def unlearn(
 
     Raises:
         ValueError: If a set is empty or does not fit into the model, or `checkpoint` belongs to another run.
-        NonFiniteLossError: If the loss of a step is not finite.
+        NonFiniteLossError: If the loss or a gradient of a step is not finite.
     """
     config = UnlearnConfig() if config is None else config
     for name, examples in (("forget", forget), ("retain", retain)):
@@ -201,9 +202,8 @@ def _fingerprint(
         if name not in ("max_steps", "forget_target") and not name.startswith(("eval_", "monitor_", "checkpoint_"))
     }
     data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
-    return fingerprint(
-        {"config": choices, "objective": repr(objective), "selection": chosen, "data": data}, model.parameters()
-    )
+    configuration = {"config": choices, "objective": identity(objective), "selection": chosen, "data": data}
+    return fingerprint(configuration, model.parameters())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -94,7 +94,7 @@ def take_step(
     """Descend the objective once, refresh the curvature when it is due, and return the record.
 
     Raises:
-        NonFiniteLossError: If the loss is not finite; no weight has changed then.
+        NonFiniteLossError: If the loss or a gradient is not finite; no weight has changed then.
     """
     optimizer.zero_grad()
     record: Record = {"step": number + 1, "loss": 0.0}
@@ -107,7 +107,7 @@ def take_step(
     if not math.isfinite(record["loss"]):
         wrong = f"The loss of step {number + 1} is {record['loss']}"
         raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {stream.config.lr:g})."))
-    _check_gradients(optimizer, number, stream.config.lr)
+    _check_gradients(model, optimizer, number, stream.config.lr)
     optimizer.step()
     optimizer.zero_grad()
     if isinstance(optimizer, SIMUOptimizer) and refresh.after_step(model, optimizer, number):
@@ -115,9 +115,20 @@ def take_step(
     return record
 
 
-def _check_gradients(optimizer: Optimizer, number: int, lr: float) -> None:
+def _check_gradients(model: PreTrainedModel, optimizer: Optimizer, number: int, lr: float) -> None:
     """Raise before a step whose gradients are not finite: most optimizers would write them into the weights."""
-    grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-    if grads and not torch.nn.utils.get_total_norm(grads).isfinite():
-        wrong = f"The gradient of step {number + 1} is not finite"
-        raise NonFiniteLossError(problem(wrong, "finite numbers", f"Lower lr (it is {lr:g}), or load in bfloat16."))
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params if param.grad is not None and param.grad.numel()]
+    # The largest entry: squares of finite half-precision gradients overflow.
+    if not grads or torch.nn.utils.get_total_norm(grads, math.inf).isfinite():
+        return
+    trained = {id(param) for param in params}
+    names = [
+        name
+        for name, param in model.named_parameters()
+        if id(param) in trained and param.grad is not None and not param.grad.isfinite().all()
+    ]
+    wrong = f"The gradient of step {number + 1} is not finite in parameter {names[0]!r}"
+    if len(names) > 1:
+        wrong += f" and {len(names) - 1} more"
+    raise NonFiniteLossError(problem(wrong, "finite numbers", f"Lower lr (it is {lr:g}), or load in bfloat16."))

@@ -38,6 +38,9 @@ def text_config(model: nn.Module) -> object:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that the model's inputs belong on."""
+    """Return the device that the model's inputs belong on: that of its first weight with data."""
     found = getattr(model, "device", None)
-    return found if isinstance(found, torch.device) else next(model.parameters()).device
+    if isinstance(found, torch.device) and found.type != "meta":
+        return found
+    # Weights that are offloaded are on none that computes.
+    return next(param.device for param in model.parameters() if not param.is_meta)
