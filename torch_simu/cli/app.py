@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         with quiet_casts():
-            status = app(arguments, standalone_mode=False)
+            status = _called(arguments)
     except _UsageError as error:
         _fail(cast("typer.BadParameter", error).format_message(), error=error)
     except (typer.Abort, KeyboardInterrupt):
@@ -110,6 +110,16 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{type(error).__name__}: {error}{shows}", error=error)
     else:
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _called(arguments: list[str] | None) -> object:
+    try:
+        return app(arguments, standalone_mode=False)
+    except typer.Abort as abort:
+        # typer takes any end of a file for an interruption.
+        if isinstance(abort.__cause__, EOFError):
+            raise abort.__cause__ from None
+        raise
 
 
 def _fail(message: str, status: int = 2, error: BaseException | None = None) -> None:
