@@ -17,7 +17,7 @@ class Panic(BaseException):
 
 
 EXPECTED = [ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError]
-UNEXPECTED = [UndefinedError, SafetensorError, AttributeError, AssertionError, ZeroDivisionError, EOFError, Panic]
+UNEXPECTED = [UndefinedError, SafetensorError, AttributeError, AssertionError, ZeroDivisionError, Panic]
 
 
 @pytest.fixture
@@ -65,6 +65,15 @@ def test_nothing_is_shown_where_the_variable_says_no(value, failing, capsys, mon
     monkeypatch.setenv("TORCH_SIMU_DEBUG", value)
     assert call(*UNLEARN) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "reason"), [("first\n  second", "first second"), ("", "it says no more")])
+def test_the_end_of_a_file_is_an_error_and_no_interruption(text, reason, failing, capsys):
+    failing(EOFError(text))
+    assert call(*UNLEARN) == 2
+    assert capsys.readouterr().err == (
+        f"torch-simu: A file ends too early ({reason}), expected a whole one. Get it again.\n"
+    )
 
 
 def test_a_status_that_a_command_ends_with_is_no_error(failing, capsys):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 try:
     import typer
     from rich.console import Console
+    from typer.core import TyperGroup
 except ImportError as error:
     raise ImportError(
         "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
     ) from error
 
 import torch_simu
+from torch_simu._checks import problem
 from torch_simu.cli.commands import attribute, demo, evaluate, unlearn
 from torch_simu.cli.console import plain, quiet_casts, say
 from torch_simu.cli.help import examples, show_help
@@ -45,8 +47,20 @@ def _about(
     show_help(context)
 
 
+class _Commands(TyperGroup):
+    """The commands. Files may end too early in them, which typer would take for an interruption of its user."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            reason = str(error) or "it says no more"
+            raise OSError(problem(f"A file ends too early ({reason})", "a whole one", "Get it again.")) from error
+
+
 def _application() -> typer.Typer:
     found = typer.Typer(
+        cls=_Commands,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -94,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         with quiet_casts():
-            status = _called(arguments)
+            status = app(arguments, standalone_mode=False)
     except _UsageError as error:
         _fail(cast("typer.BadParameter", error).format_message(), error=error)
     except (typer.Abort, KeyboardInterrupt):
@@ -110,16 +124,6 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{type(error).__name__}: {error}{shows}", error=error)
     else:
         sys.exit(status if isinstance(status, int) else 0)
-
-
-def _called(arguments: list[str] | None) -> object:
-    try:
-        return app(arguments, standalone_mode=False)
-    except typer.Abort as abort:
-        # typer takes any end of a file for an interruption.
-        if isinstance(abort.__cause__, EOFError):
-            raise abort.__cause__ from None
-        raise
 
 
 def _fail(message: str, status: int = 2, error: BaseException | None = None) -> None:
