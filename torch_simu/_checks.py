@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 
 
@@ -48,3 +49,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     listed = ", ".join(repr(choice) for choice in choices)
     raise ValueError(problem(f"{name} is {value!r}", f"one of {listed}", f"Did you mean {near[0]!r}?" if near else ""))
+
+
+def check_pattern(pattern: str) -> str:
+    """Return `pattern` if it is a regular expression, or raise."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(problem(f"The pattern {pattern!r} is invalid ({error})", "a regular expression")) from None
+    return pattern

@@ -55,6 +55,9 @@ def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, ca
     assert set(report) >= {"seed", "versions", "methods"} and set(report["methods"]) == {"before", "simu_graddiff"}
     row = report["methods"]["simu_graddiff"]
     assert set(row) == {*SETS, "changed_share", "optimizer_bytes", "seconds", "steps"} and row["steps"] == 3
+    assert {key: value for key, value in report["methods"]["before"].items() if key not in SETS} == {
+        **{"changed_share": 0.0, "optimizer_bytes": 0, "seconds": 0.0, "steps": 0}
+    }
     assert set(row["forget"]) == {"em", "es", "probability", "qa_exact_match"}
     assert len((out / "steps.jsonl").read_text().splitlines()) == 3
     assert all((out / name).read_bytes()[1:4] == b"PNG" for name in ("forgetting.png", "attribution.png"))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ast
 import io
+import json
+import logging
+import subprocess
+import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -12,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import cli
-from torch_simu.cli.console import plain, progress_bars, say
+from torch_simu.cli.console import plain, progress_bars, quiet_casts, say, show_report
+from torch_simu.unlearning.report.report import MethodResult, Report
 
 FILES = sorted(Path(str(cli.__file__)).parent.glob("*.py"))
 
@@ -44,6 +51,93 @@ def test_the_bars_show_names_as_they_are() -> None:
     with progress_bars(Console(file=written, width=200, force_terminal=False)) as tell:
         tell("evaluate [red]x[/]", 1, 1, "[bold]")
     assert "evaluate [red]x[/]" in written.getvalue() and "[bold]" in written.getvalue()
+
+
+def test_the_bars_keep_their_speed_when_the_expected_end_moves() -> None:
+    written = io.StringIO()
+    with progress_bars(Console(file=written, width=80, force_terminal=False)) as tell:
+        for step, total in enumerate((100, 60, 33), 1):
+            tell("unlearn", step, total, f"about {total - step} steps left")
+            time.sleep(0.05)
+    assert "3/33" in written.getvalue() and "about 30 steps left" in written.getvalue()
+    # Thirty steps at twenty each second or slower: not 0, and not unknown.
+    (left,) = [word for word in written.getvalue().split() if word[:2].isdigit() and word[2:3] == ":"]
+    assert left >= "00:01"
+
+
+MEASURES = {"em": 1.0, "es": 0.5, "probability": 0.125}
+
+
+def table(sets, *costs, methods=("before", "attention_only"), width=200) -> str:
+    """A report as it is shown, the costs known of its last method."""
+    written = io.StringIO()
+    results = {name: MethodResult(dict.fromkeys(sets, MEASURES)) for name in methods[:-1]}
+    results[methods[-1]] = MethodResult(dict.fromkeys(sets, MEASURES), *costs)
+    show_report(Console(file=written, width=width, force_terminal=False), Report("Title", 0, results))
+    return written.getvalue()
+
+
+NAMES = ("forget", "retain", "real_authors", "world_facts", "a_set_with_a_name_of_many_words_that_no_cell_holds")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+@pytest.mark.parametrize("costs", [(), (0.0165, 3_221_000, 1234.0, 7)])
+@pytest.mark.parametrize("last", ["attention_only", "a_method_with_a_name_of_many_words"])
+def test_the_table_of_any_number_of_sets_fits_80_columns_and_shows_each_whole(count, costs, last) -> None:
+    for sets in (NAMES[:count], NAMES[-count:]):
+        shown = table(sets, *costs, methods=("before", last))
+        assert max(map(len, shown.splitlines())) <= 80
+        assert shown.count("1.00 .500 .125") == 2 * count and "…" not in shown
+        # Names are folded, and never cut.
+        columns = "".join(shown.split())
+        assert all(name in columns for name in sets if len(name) <= 14)
+        assert not costs or all(text in shown for text in ("1.65 %", "3.22 MB", "1234"))
+
+
+def test_the_table_of_three_sets_with_costs_is_one() -> None:
+    shown = table(("forget", "retain", "world"), 0.0165, 3_221_000, 12.0, 7)
+    assert shown.count("attention_only") == 1
+
+
+def test_two_long_names_stay_two() -> None:
+    pair = ("retain_perturbed_a", "retain_perturbed_b")
+    shown = table(pair)
+    assert ["retain_perturb", "retain_perturb"] in [line.split() for line in shown.splitlines()]
+    assert ["ed_a", "ed_b"] in [line.split() for line in shown.splitlines()]
+
+
+def test_a_cost_has_a_column_where_a_method_has_it() -> None:
+    assert "weights" not in table(("forget", "retain")) and "state" not in table(("forget", "retain"))
+    shown = table(("forget", "retain"), 0.5)
+    assert "50 %" in shown and "state" not in shown
+
+
+CAST = "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
+
+
+def test_casts_are_silent_in_the_block_only_and_other_notices_never(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    with quiet_casts():
+        logger.error(CAST)
+        logger.error("something else")
+    logger.error(CAST)
+    assert [record.getMessage() for record in caplog.records] == ["something else", CAST]
+
+
+@pytest.mark.slow
+def test_an_eight_bit_model_forgets_with_nothing_on_standard_error(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tokenizer = word_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, rows in (("forget", ROWS[:2]), ("retain", ROWS[2:])):
+        lines = (json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    words = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --out out --load-in 8bit --max-steps 2"
+    program = [sys.executable, "-m", "torch_simu", *words.split(), "--forget-target", "0"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "2/2" in done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -33,6 +33,15 @@ def _evaluate(files: Path, **changed: str) -> Words:
 _NUMBERS = {
     "lr": ("-1", "nan", "inf", "-inf", "one", "", "1e"),
     "retain-weight": ("-1", "nan", "inf", "two", ""),
+    "rho": ("-1", "nan", "x"),
+    "betas": ("0.9", "0.9,0.99,0.5", "1,0.9", "0.9,-1", "nan,0.9", "a,b", ""),
+    "clip": ("0", "-1", "nan", "x"),
+    "weight-decay": ("-1", "inf", "x"),
+    "hessian-interval": ("0", "-1", "1.5", "x"),
+    "checkpoint-interval": ("0", "x"),
+    "scope": ("row", "", "LAYER"),
+    "attribution-steps": ("0", "1.5", "x"),
+    "attribution-rows": ("0", "-1", "x"),
     "fraction": ("0", "-0.1", "1.5", "nan", "inf", "tenth", "10%"),
     "threshold": ("0", "1", "-1", "2", "nan", "x"),
     "forget-target": ("-0.1", "1.1", "nan", "x"),
@@ -56,11 +65,12 @@ def numbers() -> Iterator[tuple[str, Callable[[Path], Words]]]:
     for option, values in _NUMBERS.items():
         for value in values:
             yield f"unlearn --{option} {value}", lambda f, o=option, v=value: _unlearn(f, **{o: v})
-    for option in ("fraction", "threshold", "rule", "dtype", "device", "layers", "max-length"):
+    for option in ("fraction", "threshold", "rule", "scope", "dtype", "device", "layers", "max-length"):
         for value in _NUMBERS[option]:
             yield f"attribute --{option} {value}", lambda f, o=option, v=value: _attribute(f, **{o: v})
-    for value in ("0", "-1", "1.5", "x"):
-        yield f"attribute --steps {value}", lambda f, v=value: _attribute(f, steps=v)
+    for option in ("steps", "rows"):
+        for value in ("0", "-1", "1.5", "x"):
+            yield f"attribute --{option} {value}", lambda f, o=option, v=value: _attribute(f, **{o: v})
     for option in ("batch-size", "max-length", "dtype", "device"):
         for value in _NUMBERS[option]:
             yield f"evaluate --{option} {value}", lambda f, o=option, v=value: _evaluate(f, **{o: v})
@@ -173,6 +183,8 @@ def models() -> Iterator[tuple[str, Callable[[Path], Words]]]:
         ("deltas.safetensors", bytes(64)),
         ("adapter_config.json", b'{"peft_type": "LORA"}'),
     ]
+    for source in ("", "nothing", "./nothing", "forget.jsonl", "model/config.json", "model/model.safetensors"):
+        yield f"evaluate beside {source!r}", lambda f, s=source: _evaluate(f, reference=s)
     for make in (_unlearn, _attribute, _evaluate):
         for source in ("", "nothing", "./nothing", "/nothing", "a/b/c", "forget.jsonl"):
             yield f"{make.__name__[1:]} of model {source!r}", lambda f, m=make, s=source: m(f, model=s)

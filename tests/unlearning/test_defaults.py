@@ -52,7 +52,7 @@ def test_the_command_line_has_the_defaults_of_the_configuration() -> None:
             if hasattr(config, option.name) and (name, option.name) != ("attribute", "rule"):
                 assert option.default == getattr(config, option.name), option.name
                 seen += 1
-    assert seen >= 10
+    assert seen >= 27
 
 
 def test_the_optimizer_and_the_groups_have_the_defaults_of_the_contract() -> None:

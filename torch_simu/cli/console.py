@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from torch_simu.unlearning.progress import Progress as ProgressCallback
-from torch_simu.unlearning.report.report import Report, readable_bytes
+from torch_simu.unlearning.report.report import Report
+
+_WIDTH = 80
+_NAME = 20
+_MEASURED = "EM   ES   prob"
+_COSTS: Mapping[str, str] = MappingProxyType({"changed": "weights\nchanged", "state": "state", "seconds": "s"})
+"""Column of `Report.costs` -> its title."""
 
 
 def plain(text: object) -> str:
@@ -31,46 +39,93 @@ def say(console: Console, text: object, *, style: str = "", soft_wrap: bool = Fa
     console.print(Text(plain(text), style=style), soft_wrap=soft_wrap)
 
 
+_NOTICES: Mapping[str, str] = MappingProxyType(
+    {
+        "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+        "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    }
+)
+"""Logger of bitsandbytes -> how its notice begins: of each pass through a layer, and of a kernel it can do without."""
+
+
+@contextmanager
+def quiet_casts() -> Iterator[None]:
+    """Silence what bitsandbytes says of every pass in 8 bits, thousands of lines between the bars, and nothing else."""
+
+    def told(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NOTICES[record.name])
+
+    loggers = [logging.getLogger(name) for name in _NOTICES]
+    for logger in loggers:
+        logger.addFilter(told)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(told)
+
+
 @contextmanager
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
     """Yield a progress callback that draws one bar per stage with its remaining time."""
     columns = (
-        TextColumn("{task.description:<28}", markup=False),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+        tasks: dict[str, Task] = {}
 
         def tell(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
                 for finished in bars.tasks:
                     # A run that stops early is complete, although not all of its steps were needed.
                     bars.update(finished.id, total=finished.completed)
-                tasks[stage] = bars.add_task(stage, total=total, note="")
-            bars.update(tasks[stage], completed=done, total=total, note=note)
+                bars.add_task(stage, total=total, note="")
+                tasks[stage] = bars.tasks[-1]
+            # Not by `update`, which forgets the speed with each new total: the expected end of a run moves.
+            tasks[stage].total = total
+            bars.update(tasks[stage].id, completed=done, note=note)
 
         yield tell
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Print a report's table, 80 columns wide, and its notes; per set, EM, ES and probability stand in one cell."""
-    table = Table(title=report.title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    """Print a report's table, at most 80 columns wide, and its notes; per set, EM, ES and prob. stand in one cell.
+
+    Sets that do not fit beside each other get a table below the first. What no method knows has no column.
+    """
     sets = list(next(iter(report.methods.values())).sets)
-    table.add_column("\nmethod", no_wrap=True)
-    for name in sets:
-        table.add_column(Text(f"{plain(name)}\nEM   ES   prob"), no_wrap=True)
-    for title in ("weights\nchanged", "state\n", "\ns"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for method, result in report.methods.items():
-        cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
-        changed, state = f"{100 * result.changed_share:.3g} %", readable_bytes(result.optimizer_bytes)
-        table.add_row(Text(plain(method)), *cells, changed, state, f"{result.seconds:.0f}")
-    console.print(table)
+    for count in range(len(sets), 0, -1):
+        parts = [sets[start : start + count] for start in range(0, len(sets), count)]
+        tables = [_table(report, part, costs=part is parts[-1]) for part in parts]
+        if all(console.measure(table).maximum <= _WIDTH for table in tables):
+            break
+    tables[0].title = Text(plain(report.title))
+    for table in tables:
+        console.print(table)
     for note in report.notes:
         say(console, note, style="dim")
+
+
+def _table(report: Report, sets: list[str], *, costs: bool) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", max_width=_NAME, overflow="fold", vertical="bottom")
+    for name in sets:
+        # A long name goes on below: cut, it could be that of another set.
+        table.add_column(Text(f"{plain(name)}\n{_MEASURED}"), width=len(_MEASURED), overflow="fold", vertical="bottom")
+    known = [name for name in _COSTS if costs and name in report.costs()]
+    for name in known:
+        table.add_column(_COSTS[name], justify="right", no_wrap=True, vertical="bottom")
+    for method, result in report.methods.items():
+        cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
+        found = result.costs()
+        if result.seconds is not None:
+            found["seconds"] = f"{result.seconds:.0f}"
+        table.add_row(Text(plain(method)), *cells, *(found.get(name, "") for name in known))
+    return table
 
 
 def _escaped(character: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.attribution import Attribution
-from torch_simu.cli.loading import BASE_STILL_KNOWS, DELTAS, Loading, quiet_transformers
+from torch_simu.cli.loading import BASE_STILL_KNOWS, Loading
 from torch_simu.cli.measuring import Measuring
-from torch_simu.deltas import attached_layers, decode_model, detach_deltas, save_deltas
+from torch_simu.cli.reference import read_reference
+from torch_simu.cli.saving import check_saves, save_model, save_scores
+from torch_simu.deltas import attached_layers, decode_model
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import encode, show_example
@@ -83,10 +84,10 @@ def unlearn_job(
     rows = _rows(sets)
     with locked(out):
         net, tokenizer = loading.load(model, float_attention=config.attention == "full")
-        _check_saves(net)
+        check_saves(net)
         _show_first(rows, tokenizer, measuring.max_length, show)
         examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
-        before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress))
+        before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress), 0.0, 0, 0.0, 0)
         kept = {name: part for name, part in examples.items() if name != "forget"}
         checkpoint = out.with_name(out.name + ".run")
         done = unlearn(
@@ -122,7 +123,7 @@ def unlearn_job(
             reached=done.reached,
         )
         with whole_folder(out, force=force) as folder:
-            _save_model(net, tokenizer, folder)
+            save_model(net, tokenizer, folder)
             plots = ["forgetting.png"]
             start = {name: before.sets[name]["em"] for name in kept}
             start["forget_probability"] = before.sets["forget"]["probability"]
@@ -178,7 +179,7 @@ def attribute_job(
             progress=progress,
         )
         with whole_folder(out, force=force) as folder:
-            _save_scores(selection, attribution, folder)
+            save_scores(selection, attribution, folder)
     return selection, attribution
 
 
@@ -186,24 +187,6 @@ def missed(attribution: Attribution) -> str:
     """Say how far the scores are from adding up."""
     share = max(attribution.incompleteness.values(), default=0.0)
     return f"The scores of a layer miss at most {share:.1%} of the change that they explain."
-
-
-def _save_scores(selection: NeuronSelection, attribution: Attribution, folder: Path) -> None:
-    selection.save(folder / "selection.safetensors")
-    attribution.save(folder / "attribution.safetensors")
-    plot_attribution(attribution, folder / "attribution.png")
-    layers = {
-        layer: {
-            "selected": len(selection[layer]),
-            "num_neurons": selection.num_neurons[layer],
-            "largest_score": attribution.scores[layer].max().item(),
-            "sum": attribution.scores[layer].sum().item(),
-            "completeness_error": float(attribution.completeness_error[layer]),
-            "incompleteness": attribution.incompleteness[layer],
-        }
-        for layer in selection
-    }
-    write_json(folder / "attribution.json", {"provenance": dict(attribution.provenance), "layers": layers})
 
 
 def evaluate_job(
@@ -221,31 +204,50 @@ def evaluate_job(
 ) -> tuple[Report, dict[str, float]]:
     """Measure a model, beside a reference if there is one, and by a benchmark's suite if one is named.
 
+    A `reference` is a model, or the file that this function wrote to `out` when it measured one on the same sets.
+
     Returns:
         The table, and the suite's headline figures.
 
     Raises:
-        ValueError: If a file, a row or an option is wrong, or the suite's sets are not complete.
+        ValueError: If a file, a row or an option is wrong, the suite's sets are not complete, or the figures of the
+            reference are of other sets or lack the suite.
         OSError: If `out` exists and `force` is not given.
+        ImportError: If a package that the suite needs is not installed.
     """
     if suite is not None:
         check_choice("suite", suite, tuple(SUITES))
     loading, measuring = loading or Loading(), measuring or Measuring()
+    measured = reference if reference is not None and Path(reference).is_file() else None
     if out is not None:
-        check_new_file(out, force=force, inputs=[model, *sets.values()])
+        check_new_file(out, force=force, inputs=[model, *sets.values(), *filter(None, [measured])])
     rows = _rows(sets)
+    settings = {
+        "sets": dict(sets),
+        "rows": {name: len(part) for name, part in rows.items()},
+        "suite": suite,
+        "max_length": measuring.max_length,
+        "max_new_tokens": measuring.max_new_tokens,
+    }
     methods: dict[str, MethodResult] = {}
     suites: dict[str, Figures] = {}
     # The reference comes first: TOFU's forget quality compares the model with it.
-    named = ({} if reference is None else {"reference": reference}) | {"model": model}
+    named = ({} if reference is None or measured else {"reference": reference}) | {"model": model}
+    if measured is not None:
+        methods["reference"], figures = read_reference(Path(measured), settings)
+        suites |= {} if figures is None else {"reference": figures}
+    chosen = None if suite is None else SUITES[suite]
+    if chosen is not None and chosen.check is not None:
+        chosen.check(rows, compared=reference is not None, reference=suites.get("reference"))
+    for source in named.values():
+        loading.check(source)
     for name, source in named.items():
         net, tokenizer = loading.load(source)
-        _show_first(rows, tokenizer, measuring.max_length, None if methods else show)
+        _show_first(rows, tokenizer, measuring.max_length, show)
+        show = None
         methods[name] = MethodResult(measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress))
-        if suite is None:
+        if chosen is None:
             continue
-
-        chosen = SUITES[suite]
         suites[name] = chosen.measure(
             net,
             tokenizer,
@@ -255,11 +257,11 @@ def evaluate_job(
             max_new_tokens=measuring.max_new_tokens or chosen.max_new_tokens,
             progress=renamed(progress, f"{suite} {name}".format),
         )
-    report = Report("torch-simu evaluate", 0, methods, {"sets": dict(sets), "suite": suite})
-    figures = {} if suite is None else SUITES[suite].shown(suites["model"])
+    report = Report("torch-simu evaluate", 0, methods, settings)
+    headlines = {} if chosen is None else chosen.shown(suites["model"])
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
-    return report, figures
+    return report, headlines
 
 
 def _show_first(
@@ -275,26 +277,3 @@ def _rows(sets: Sources) -> dict[str, list[Row]]:
     if "retain" in rows:
         check_disjoint(rows["forget"], rows["retain"])
     return rows
-
-
-def _check_saves(model: PreTrainedModel) -> None:
-    """Raise before the work begins when the model could not be written after it."""
-    if model.generation_config is None:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model.generation_config.save_pretrained(folder)
-        except (ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            wrong = f"The generation configuration of the model cannot be saved ({reason})"
-            raise ValueError(problem(wrong, "a valid one", "Mend its generation_config.json.")) from error
-
-
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    if attached_layers(model):
-        # The base stays what it was; its deltas go beside it.
-        save_deltas(model, folder / DELTAS)
-        detach_deltas(model)
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

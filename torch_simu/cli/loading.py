@@ -66,20 +66,8 @@ def load_model(
         ValueError: If `source` is no model with a tokenizer, its weights are not all of the model and nothing else (the
             message names them), it holds an adapter, or `dtype` or `device` is unknown.
     """
-    check_choice("dtype", dtype, _DTYPES)
-    if load_in is not None:
-        check_choice("load_in", load_in, _CODES)
-        require_bitsandbytes(f"load_in {load_in!r}")
-    place = _device(device)
-    folder = Path(source)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(problem(f"{source!r} holds no config.json", "the folder of a transformers model"))
-    if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") != 1):
-        raise FileNotFoundError(problem(f"Model folder {source!r} does not exist", "a folder, or a name on the hub"))
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
-    _check_files(source)
-    tokenizer = load_tokenizer(source)
+    place, folder = _device(device), Path(source)
+    tokenizer = _checked(source, dtype, load_in)
     with quiet_transformers():
         options: dict[str, Any] = {} if load_in is None else _quantized(source, load_in, float_attention, place)
         try:
@@ -125,11 +113,33 @@ class Loading:
     device: str | None = None
     load_in: str | None = None
 
+    def check(self, source: str) -> None:
+        """Raise what `load` would, as far as it can be told without reading the weights."""
+        _device(self.device)
+        _checked(source, self.dtype, self.load_in)
+
     def load(self, source: str, *, float_attention: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer; arguments and errors as `load_model`."""
         return load_model(
             source, dtype=self.dtype, device=self.device, load_in=self.load_in, float_attention=float_attention
         )
+
+
+def _checked(source: str, dtype: str, load_in: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model, after all checks that need none of its weights."""
+    check_choice("dtype", dtype, _DTYPES)
+    if load_in is not None:
+        check_choice("load_in", load_in, _CODES)
+        require_bitsandbytes(f"load_in {load_in!r}")
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(problem(f"{source!r} holds no config.json", "the folder of a transformers model"))
+    if not folder.exists() and (folder.is_absolute() or source.startswith(".") or source.count("/") != 1):
+        raise FileNotFoundError(problem(f"Model folder {source!r} does not exist", "a folder, or a name on the hub"))
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(problem(f"{source!r} holds an adapter", "the weights of a whole model", _MERGE))
+    _check_files(source)
+    return load_tokenizer(source)
 
 
 def _check_files(source: str) -> None:

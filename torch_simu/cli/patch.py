@@ -11,6 +11,7 @@ from rich.console import Console
 
 from torch_simu._files import check_replaceable
 from torch_simu.cli.console import say
+from torch_simu.cli.help import examples, show_help
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch import (
     Audit,
@@ -21,7 +22,9 @@ from torch_simu.patch import (
     verify_checkpoint,
 )
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Patches: the change of a model as a file.")
+app = typer.Typer(rich_markup_mode=None)
+
+_PATCH = "forget.safetensors"
 
 PatchFile = Annotated[Path, typer.Argument(help="File of the patch.")]
 Base = Annotated[Path, typer.Argument(help="Folder of the checkpoint before.")]
@@ -30,7 +33,22 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file, if it is
 OutFolder = Annotated[Path, typer.Argument(help="New folder for the result.")]
 
 
-@app.command()
+@app.callback(
+    invoke_without_command=True,
+    epilog=examples(
+        f"torch-simu patch create MODEL_DIR OUT_DIR OUT_DIR/selection.safetensors {_PATCH}",
+        f"torch-simu patch apply {_PATCH} MODEL_DIR PATCHED_DIR",
+        f"torch-simu patch verify {_PATCH} MODEL_DIR PATCHED_DIR",
+    ),
+)
+def _about(context: typer.Context) -> None:
+    """Patches: the change of a model as a file."""
+    show_help(context)
+
+
+@app.command(
+    epilog=examples(f"torch-simu patch create MODEL_DIR OUT_DIR OUT_DIR/selection.safetensors {_PATCH} --force")
+)
 def create(
     base: Base,
     model: Changed,
@@ -49,21 +67,21 @@ def create(
     say(Console(), f"{patch}: {out}")
 
 
-@app.command()
+@app.command(epilog=examples(f"torch-simu patch apply {_PATCH} MODEL_DIR APPLIED_DIR"))
 def apply(patch: PatchFile, base: Base, out: OutFolder) -> None:
     """Write a copy of a checkpoint with the change in it; the base is only read."""
     apply_to_checkpoint(NeuronPatch.load(patch), base, out)
     say(Console(), f"Patched: {out}")
 
 
-@app.command()
+@app.command(epilog=examples(f"torch-simu patch revert {_PATCH} OUT_DIR REVERTED_DIR"))
 def revert(patch: PatchFile, model: Changed, out: OutFolder) -> None:
     """Write a copy of a checkpoint without the change."""
     revert_checkpoint(NeuronPatch.load(patch), model, out)
     say(Console(), f"Reverted: {out}")
 
 
-@app.command()
+@app.command(epilog=examples(f"torch-simu patch verify {_PATCH} MODEL_DIR OUT_DIR --out audit.json"))
 def verify(
     patch: PatchFile,
     base: Base,
@@ -82,7 +100,7 @@ def verify(
         sys.exit(1)
 
 
-@app.command()
+@app.command(epilog=examples(f"torch-simu patch show {_PATCH}"))
 def show(patch: PatchFile) -> None:
     """List what a patch changes."""
     found = NeuronPatch.load(patch)

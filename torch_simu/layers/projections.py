@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from torch_simu._checks import problem
+from torch_simu._checks import check_pattern, problem
 from torch_simu.layers.checks import check_kind
 from torch_simu.layers.kinds import has_neurons, num_neurons
 from torch_simu.layers.probe import probed_projections
@@ -173,10 +173,7 @@ def _matching(model: nn.Module, pattern: str) -> set[str]:
 
 
 def _ends_with(name: str, pattern: str) -> bool:
-    try:
-        return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
-    except re.error as error:
-        raise ValueError(problem(f"The pattern {pattern!r} is invalid ({error})", "a regular expression")) from None
+    return re.search(rf"(?:^|\.)(?:{check_pattern(pattern)})$", name) is not None
 
 
 def _candidates(model: nn.Module) -> str:

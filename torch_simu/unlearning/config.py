@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from torch_simu._checks import check_choice, check_count, check_number
+from torch_simu._checks import check_choice, check_count, check_number, check_pattern, problem
 from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_WEIGHT
 
 Where = Literal["all", "critical", "random", "every_neuron", "attention"]
@@ -121,6 +121,12 @@ class UnlearnConfig:
         for name in ("retain_weight", "lr", "rho", "weight_decay"):
             check_number(name, getattr(self, name))
         check_number("clip", self.clip, low_open=True)
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise ValueError(problem(f"betas is {self.betas!r}", "two numbers in [0, 1)"))
+        for number, beta in enumerate(self.betas):
+            check_number(f"betas[{number}]", beta, high=1.0, high_open=True)
+        if self.layers is not None:
+            check_pattern(self.layers)
         if self.max_completeness_error is not None:
             check_number("max_completeness_error", self.max_completeness_error)
         if self.forget_target is not None:

@@ -23,7 +23,7 @@ from torch_simu.unlearning.identity import identity
 from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
-from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
 from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
 
@@ -134,8 +134,7 @@ def unlearn(
                 if saved is not None and ((number + 1) % config.checkpoint_interval == 0 or reached or last):
                     saved.save(params, optimizer, log)
                 if progress is not None:
-                    note = f"forget probability {record.get('forget_probability', math.nan):.3f}"
-                    progress("unlearn", number + 1, config.max_steps, note)
+                    _tell(progress, log, reached, config)
     except (ValueError, TypeError, KeyError):
         if saved is not None:
             saved.remove_if_empty()
@@ -170,6 +169,20 @@ def state_bytes(optimizer: Optimizer) -> int:
 def _reached(record: Record, config: UnlearnConfig) -> bool:
     target = config.forget_target
     return target is not None and record.get("forget_probability", math.inf) <= target
+
+
+def _tell(progress: Progress, log: Sequence[Record], reached: bool, config: UnlearnConfig) -> None:
+    """Tell the steps that were made of those that are expected, which the forget target makes fewer."""
+    done = len(log)
+    measured = [(each["step"], each["forget_probability"]) for each in log if "forget_probability" in each]
+    notes = [f"forget prob. {measured[-1][1]:.3f}"] if measured else []
+    total = done if reached else config.max_steps
+    if config.forget_target is not None and not reached:
+        left = steps_left(measured, config.forget_target)
+        if left is not None and measured[-1][0] + left < total:
+            total = max(done + 1, measured[-1][0] + left)
+            notes.append(f"about {total - done} steps left")
+    progress("unlearn", done, total, ", ".join(notes))
 
 
 def _monitored(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -54,3 +55,30 @@ def counted(progress: Progress | None, stage: str) -> Callable[[int, int], None]
         attribute forget 5/20
     """
     return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+def steps_left(measured: Sequence[tuple[int, float]], target: float, *, window: int = 10) -> int | None:
+    """Estimate after how many more steps a measure that falls reaches its target: on a straight line.
+
+    Args:
+        measured: Step and value of each measurement, in order.
+        target: Where the run stops.
+        window: How many of the last measurements the line goes through: from the first of them to the last.
+
+    Returns:
+        At least 1; None where the measure does not fall.
+
+    Examples:
+        >>> steps_left([(1, 0.9), (2, 0.8), (3, 0.7)], target=0.1)
+        6
+        >>> steps_left([(1, 0.9), (2, 0.9)], target=0.1) is None
+        True
+    """
+    if len(measured) < 2:
+        return None
+    (first, high), (last, low) = measured[-window:][0], measured[-1]
+    if not low < high:
+        return None
+    left = (low - target) * (last - first) / (high - low)
+    # The product can be off by a rounding error above a whole number.
+    return max(1, math.ceil(left - 1e-9))

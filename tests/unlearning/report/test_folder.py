@@ -122,13 +122,20 @@ def test_the_report_has_a_row_per_method_and_shows_its_plots():
 def test_a_column_is_shown_where_every_set_was_measured():
     whole, less = {"em": 1.0, "es": 0.5, "probability": 0.25}, {"em": 0.0, "probability": 0.5, "nll": 3.0}
     report = Report("Title", 0, {"model": MethodResult({"forget": whole, "retain": less})})
-    assert report.header() == [
-        *("method", "forget EM", "forget prob.", "retain EM", "retain prob."),
-        *("changed", "state", "steps", "seconds"),
-    ]
+    assert report.header() == ["method", "forget EM", "forget prob.", "retain EM", "retain prob."]
     assert report.rows()[0][1:5] == ["1.000", "0.250", "0.000", "0.500"]
     assert "EM: exact memorization, prob.: probability of the answer." in report.to_markdown()
     assert report.to_json()["methods"]["model"]["forget"] == whole
+
+
+def test_what_is_not_known_of_a_method_is_absent():
+    measures = {"em": 1.0, "es": 0.5, "probability": 0.25, "qa_exact_match": 0.0}
+    results = {"model": MethodResult({"forget": measures}), "trained": MethodResult({"forget": measures}, 0.0, 0)}
+    report = Report("Title", 0, results)
+    assert report.header()[-2:] == ["changed", "state"]
+    assert [row[-2:] for row in report.rows()] == [["", ""], ["0 %", "0 B"]]
+    assert set(report.to_json()["methods"]["model"]) == {"forget"}
+    assert set(report.to_json()["methods"]["trained"]) == {"forget", "changed_share", "optimizer_bytes"}
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (2.5e9, "2.5 GB"), (3e12, "3 TB")])

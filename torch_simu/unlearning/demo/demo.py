@@ -239,7 +239,7 @@ def run_demo(
         started = time.perf_counter()
         model = train_base(fiction, recipe, seed, sets, progress=renamed(progress, lambda _: stage))
         seconds = time.perf_counter() - started
-        return model, MethodResult(measured(model, fiction), seconds=seconds)
+        return model, MethodResult(measured(model, fiction), 0.0, 0, seconds, 0)
 
     base, before = trained("train", ("forget", "retain", "world"))
     results: dict[str, MethodResult] = {"before": before}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, cast
 
+from torch_simu._checks import check_number, problem
 from torch_simu.unlearning.data.rows import Row
-from torch_simu.unlearning.metrics.lume import lume_suite
-from torch_simu.unlearning.metrics.tofu import tofu_suite
+from torch_simu.unlearning.metrics.lume import check_lume, lume_suite
+from torch_simu.unlearning.metrics.tofu import check_tofu, tofu_suite
+from torch_simu.unlearning.metrics.truth_ratio import AVERAGES
 from torch_simu.unlearning.progress import Progress
 
 if TYPE_CHECKING:
@@ -37,6 +40,20 @@ class Measure(Protocol):
         ...
 
 
+class Check(Protocol):
+    """What a suite asks of the rows before a model is loaded."""
+
+    def __call__(self, sets: Mapping[str, Sequence[Row]], *, compared: bool, reference: Figures | None) -> None:
+        """Raise where rows, packages or figures are wrong.
+
+        Args:
+            sets: Set -> its rows.
+            compared: Whether the model will be compared with a reference.
+            reference: The figures of the reference, where they were measured before.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Suite:
     """A way to measure a model.
@@ -46,12 +63,14 @@ class Suite:
         headlines: The figures that are shown: each a number, or numbers by name.
         sets: The sets it needs beside "forget" and "retain".
         max_new_tokens: How much a model generates unless another number is asked for.
+        check: Raises what `measure` would, before a model is loaded; None: nothing can be said before.
     """
 
     measure: Measure
     headlines: tuple[str, ...]
     sets: tuple[str, ...] = ()
     max_new_tokens: int = 200
+    check: Check | None = None
 
     def shown(self, figures: Figures) -> dict[str, float]:
         """Return the headline figures that were measured, by name."""
@@ -75,16 +94,39 @@ def _tofu(
     max_new_tokens: int,
     progress: Progress | None,
 ) -> Figures:
-    ratios = None if reference is None else cast("Mapping[str, list[float]]", reference["log_truth_ratios"])
     return tofu_suite(
         model,
         tokenizer,
         sets,
-        reference=ratios,
+        reference=None if reference is None else _log_truth_ratios(reference, len(sets["forget"])),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
+
+
+def _check_tofu(sets: Mapping[str, Sequence[Row]], *, compared: bool, reference: Figures | None) -> None:
+    check_tofu(sets, quality=compared)
+    if reference is not None:
+        _log_truth_ratios(reference, len(sets["forget"]))
+
+
+def _log_truth_ratios(figures: Figures, num_rows: int) -> dict[str, list[float]]:
+    """Return the values that forget quality needs of a reference; the figures may come from a file."""
+    found = figures.get("log_truth_ratios")
+    ratios = {each: found.get(each) for each in AVERAGES} if isinstance(found, Mapping) else dict.fromkeys(AVERAGES)
+    for average, values in ratios.items():
+        if not isinstance(values, list) or len(values) != num_rows:
+            count = f"{len(values)} values" if isinstance(values, list) else "none"
+            wrong = f"The reference has {count} of log_truth_ratios ({average})"
+            raise ValueError(problem(wrong, f"{num_rows}, one for each row to forget", "Measure it with the suite."))
+        for value in values:
+            check_number(f"A value of log_truth_ratios ({average})", value, low=-math.inf)
+    return cast("dict[str, list[float]]", ratios)
+
+
+def _check_lume(sets: Mapping[str, Sequence[Row]], *, compared: bool, reference: Figures | None) -> None:
+    check_lume(sets)
 
 
 def _lume(
@@ -102,8 +144,8 @@ def _lume(
 
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
-        "tofu": Suite(_tofu, ("model_utility", "forget_quality"), ("real_authors", "world_facts")),
-        "lume": Suite(_lume, ("task_aggregate",), max_new_tokens=256),
+        "tofu": Suite(_tofu, ("model_utility", "forget_quality"), ("real_authors", "world_facts"), check=_check_tofu),
+        "lume": Suite(_lume, ("task_aggregate",), max_new_tokens=256, check=_check_lume),
     }
 )
 """Name -> suite."""

@@ -33,30 +33,40 @@ class MethodResult:
 
     Attributes:
         sets: "forget", "retain" and perhaps "world" -> measures.
-        changed_share: Share of the model's weights that differ from before.
+        changed_share: Share of the model's weights that differ from before; None, as below: not known.
         optimizer_bytes: Bytes of the optimizer's state.
         seconds: Wall time.
         steps: Number of optimizer steps.
     """
 
     sets: Mapping[str, Measures]
-    changed_share: float = 0.0
-    optimizer_bytes: int = 0
-    seconds: float = 0.0
-    steps: int = 0
+    changed_share: float | None = None
+    optimizer_bytes: int | None = None
+    seconds: float | None = None
+    steps: int | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the row as JSON knows it."""
+        """Return the row as JSON knows it, without what is not known."""
         sets = {
             name: {key: measures[key] for key in MEASURES if key in measures} for name, measures in self.sets.items()
         }
-        return {
-            **sets,
+        costs = {
             "changed_share": self.changed_share,
             "optimizer_bytes": self.optimizer_bytes,
-            "seconds": round(self.seconds, 3),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
             "steps": self.steps,
         }
+        return {**sets, **{name: value for name, value in costs.items() if value is not None}}
+
+    def costs(self) -> dict[str, str]:
+        """Return what is known of the work, in words: "changed", "state", "steps" and "seconds"."""
+        found = {
+            "changed": None if self.changed_share is None else f"{100 * self.changed_share:.3g} %",
+            "state": None if self.optimizer_bytes is None else readable_bytes(self.optimizer_bytes),
+            "steps": None if self.steps is None else str(self.steps),
+            "seconds": None if self.seconds is None else f"{self.seconds:.1f}",
+        }
+        return {name: text for name, text in found.items() if text is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +106,26 @@ class Report:
         sets = [measures for result in self.methods.values() for measures in result.sets.values()]
         return {key: titles for key, titles in MEASURES.items() if all(key in measures for measures in sets)}
 
+    def costs(self) -> list[str]:
+        """Return those columns of `MethodResult.costs` that a method has."""
+        known = [result.costs() for result in self.methods.values()]
+        return [name for name in ("changed", "state", "steps", "seconds") if any(name in costs for costs in known)]
+
     def header(self) -> list[str]:
         """Return the titles of the table's columns."""
         sets = next(iter(self.methods.values())).sets
         measures = [f"{name} {title}" for name in sets for title, _ in self.measures().values()]
-        return ["method", *measures, "changed", "state", "steps", "seconds"]
+        return ["method", *measures, *self.costs()]
 
     def rows(self) -> list[list[str]]:
         """Return the cells of the table, a list per method."""
         return [
             [
-                name,
+                method,
                 *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in self.measures()),
-                f"{100 * result.changed_share:.3g} %",
-                readable_bytes(result.optimizer_bytes),
-                str(result.steps),
-                f"{result.seconds:.1f}",
+                *(result.costs().get(name, "") for name in self.costs()),
             ]
-            for name, result in self.methods.items()
+            for method, result in self.methods.items()
         ]
 
     def to_markdown(self, plots: Sequence[str] = ()) -> str:

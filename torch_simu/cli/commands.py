@@ -1,0 +1,217 @@
+"""Commands: what each of them takes, and what it shows."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import typer
+from rich.console import Console
+
+from torch_simu.cli import options
+from torch_simu.cli.console import progress_bars, say, show_report, show_text
+from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
+from torch_simu.cli.loading import Loading
+from torch_simu.cli.measuring import Measuring
+from torch_simu.unlearning.config import MethodName, Rule, UnlearnConfig
+from torch_simu.unlearning.report.folder import check_writable, locked, whole_folder
+from torch_simu.unlearning.report.plots import check_plots
+
+_RUN = UnlearnConfig()
+# The defaults of a run stand there, once.
+
+_BETAS = options.Decays(*_RUN.betas)
+_TARGET = cast("float", _RUN.forget_target)
+
+_NOT_REACHED = 3
+"""Exit status of a run that ended above its forget target."""
+
+
+def demo(out: options.Out = Path("simu-demo"), seed: options.Seed = 0, force: options.Force = False) -> None:
+    """Train a small model on fictional people, make it forget some of them by every method, and compare."""
+    from torch_simu.unlearning.demo.demo import run_demo
+
+    console = Console()
+    check_writable(out, force=force)
+    check_plots()
+    with locked(out):
+        with progress_bars(console) as progress:
+            result = run_demo(seed, progress=progress)
+        with whole_folder(out, force=force) as folder:
+            result.save(folder)
+    show_report(console, result.report)
+    say(console, f"Report, plots and step logs: {out}")
+
+
+def unlearn(
+    model: options.Model,
+    forget: options.Forget,
+    retain: options.Retain,
+    out: options.Out,
+    world: options.World = None,
+    method: options.Method = _RUN.method,
+    objective: options.Objective = _RUN.objective,
+    lr: options.Lr = _RUN.lr,
+    betas: options.Betas = _BETAS,
+    rho: options.Rho = _RUN.rho,
+    clip: options.Clip = _RUN.clip,
+    weight_decay: options.WeightDecay = _RUN.weight_decay,
+    hessian_interval: options.HessianInterval = _RUN.hessian_interval,
+    retain_weight: options.RetainWeight = _RUN.retain_weight,
+    rule: options.Rule = _RUN.rule,
+    fraction: options.Fraction = _RUN.fraction,
+    threshold: options.Threshold = _RUN.threshold,
+    scope: options.Scope = _RUN.scope,
+    attention: options.Attention = _RUN.attention,
+    layers: options.Layers = None,
+    attribution_steps: options.PathSteps = _RUN.attribution_steps,
+    attribution_rows: options.ContrastRows = _RUN.attribution_rows,
+    max_completeness_error: options.Incompleteness = _RUN.max_completeness_error,
+    forget_target: options.ForgetTarget = _TARGET,
+    max_steps: options.MaxSteps = _RUN.max_steps,
+    checkpoint_interval: options.CheckpointInterval = _RUN.checkpoint_interval,
+    batch_size: options.BatchSize = _RUN.forget_batch_size,
+    max_length: options.MaxLength = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    load_in: options.LoadIn = None,
+    save_as: options.SaveAs = "loaded",
+    device: options.Device = None,
+    force: options.Force = False,
+) -> None:
+    """Make a model forget: attribute, select, unlearn, evaluate, save. A killed run goes on when called again."""
+    config = UnlearnConfig(
+        method=cast("MethodName", method),
+        objective=objective,
+        lr=lr,
+        betas=betas,
+        rho=rho,
+        clip=clip,
+        weight_decay=weight_decay,
+        hessian_interval=hessian_interval,
+        retain_weight=retain_weight,
+        rule=cast("Rule", rule),
+        fraction=fraction,
+        threshold=threshold,
+        scope=cast("Literal['layer', 'global']", scope),
+        attention=cast("Literal['frozen', 'full']", attention),
+        layers=layers,
+        attribution_steps=attribution_steps,
+        attribution_rows=attribution_rows,
+        max_completeness_error=max_completeness_error,
+        forget_target=forget_target,
+        max_steps=max_steps,
+        checkpoint_interval=checkpoint_interval,
+        forget_batch_size=batch_size,
+        retain_batch_size=batch_size,
+        hessian_batch_size=batch_size,
+        eval_batch_size=batch_size,
+        seed=seed,
+    )
+    console = Console()
+    sets = {"forget": forget, "retain": retain} | ({} if world is None else {"world": world})
+    with progress_bars(console) as progress:
+        report = unlearn_job(
+            model,
+            sets,
+            out,
+            config,
+            loading=Loading(dtype, device, load_in),
+            measuring=Measuring(batch_size, max_length),
+            save_as=save_as,
+            force=force,
+            progress=progress,
+            show=partial(show_text, console),
+        )
+    show_report(console, report)
+    say(console, f"Model, selection, step log and report: {out}")
+    if report.reached is False:
+        raise typer.Exit(_NOT_REACHED)
+
+
+def evaluate(
+    model: options.Model,
+    forget: options.Forget,
+    retain: options.Retain,
+    reference: options.Reference = None,
+    suite: options.Suite = None,
+    real_authors: options.TofuRows = None,
+    world_facts: options.TofuRows = None,
+    out: options.OutFile = None,
+    batch_size: options.BatchSize = _RUN.forget_batch_size,
+    max_length: options.MaxLength = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    force: options.Force = False,
+) -> None:
+    """Measure what a model knows of both sets, beside a reference model, and as TOFU or LUME do."""
+    console = Console()
+    sets = {"forget": forget, "retain": retain}
+    extra = {"real_authors": real_authors, "world_facts": world_facts}
+    sets |= {name: source for name, source in extra.items() if source is not None}
+    with progress_bars(console) as progress:
+        report, figures = evaluate_job(
+            model,
+            sets,
+            reference=reference,
+            suite=suite,
+            out=out,
+            loading=Loading(dtype, device),
+            measuring=Measuring(batch_size, max_length, max_new_tokens),
+            force=force,
+            progress=progress,
+            show=partial(show_text, console),
+        )
+    show_report(console, report)
+    for name, value in figures.items():
+        say(console, f"{name}: {value:.4g}")
+
+
+def attribute(
+    model: options.Model,
+    forget: options.Forget,
+    out: options.Out,
+    retain: options.Contrast = None,
+    rule: options.Rule = "top",
+    fraction: options.Fraction = _RUN.fraction,
+    threshold: options.Threshold = _RUN.threshold,
+    scope: options.Scope = _RUN.scope,
+    steps: options.PathSteps = _RUN.attribution_steps,
+    rows: options.ContrastRows = _RUN.attribution_rows,
+    max_completeness_error: options.Incompleteness = _RUN.max_completeness_error,
+    layers: options.Layers = None,
+    max_length: options.MaxLength = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    force: options.Force = False,
+) -> None:
+    """Score every neuron on the forget set, and save scores, selection and a heat map."""
+    config = UnlearnConfig(
+        rule=cast("Rule", rule),
+        fraction=fraction,
+        threshold=threshold,
+        scope=cast("Literal['layer', 'global']", scope),
+        attribution_rows=rows,
+        attribution_steps=steps,
+        max_completeness_error=max_completeness_error,
+        layers=layers,
+    )
+    console = Console()
+    with progress_bars(console) as progress:
+        selection, attribution = attribute_job(
+            model,
+            forget,
+            retain,
+            out,
+            config,
+            loading=Loading(dtype, device),
+            max_length=max_length,
+            force=force,
+            progress=progress,
+            show=partial(show_text, console),
+        )
+    say(console, selection)
+    say(console, missed(attribution))
+    say(console, f"Scores, selection and heat map: {out}")
