@@ -34,6 +34,7 @@ class NeuronHooks(Mapping[str, Tensor]):
         accum_dtype: Dtype of the named sums.
         neurons: Layer -> the neurons that its covariance is of; all of them where there is none.
         outputs: Whether the gradients of what layers return are summed up, too.
+        recording: Whether they record at once.
 
     Attributes:
         layers: Name -> layer.
@@ -50,10 +51,11 @@ class NeuronHooks(Mapping[str, Tensor]):
         neurons: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         outputs: bool = False,
+        recording: bool = True,
     ) -> None:
         self.layers = MappingProxyType(dict(layers))
         self.position_mask = position_mask
-        self._paused = False
+        self._paused = not recording
         self._codes = ExitStack()
         self._reduce = reduce
         self._records = {name: LayerRecord(name, reduce, accum_dtype, neurons.get(name)) for name in layers}
@@ -122,6 +124,15 @@ class NeuronHooks(Mapping[str, Tensor]):
     def pause(self) -> Iterator[None]:
         """Record no forward that runs inside the block, nor its backward."""
         paused, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = paused
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside the block, where the hooks were registered with `recording=False` or are paused."""
+        paused, self._paused = self._paused, False
         try:
             yield
         finally:

@@ -25,6 +25,7 @@ def register_neuron_hooks(
     position_mask: Tensor | None = None,
     accum_dtype: torch.dtype = torch.float32,
     outputs: bool = False,
+    recording: bool = True,
 ) -> NeuronHooks:
     r"""Capture what flows into layers, and the gradient that flows back, for as long as the hooks are registered.
 
@@ -61,6 +62,7 @@ def register_neuron_hooks(
         accum_dtype: Dtype of the named sums, and of the products in them.
         outputs: Beside the covariance, sum the products of the gradients with respect to what the layers return:
             `hooks.outputs[layer]`, of shape `(d_model, d_model)`.
+        recording: Whether to record at once; if not, only what runs inside `hooks.recording()` counts.
 
     Returns:
         A mapping layer name -> tensor and a context manager. It stays readable after the block.
@@ -97,7 +99,9 @@ def register_neuron_hooks(
     neurons = cast("Mapping[str, Tensor]", select) if isinstance(select, Mapping) and reduce == "covariance" else {}
     with ExitStack() as codes:
         codes.enter_context(codes_as_loaded(module))
-        hooks = NeuronHooks(layers, arg, reduce, position_mask, accum_dtype, neurons, outputs=outputs)
+        hooks = NeuronHooks(
+            layers, arg, reduce, position_mask, accum_dtype, neurons, outputs=outputs, recording=recording
+        )
         hooks._codes = codes.pop_all()
     return hooks
 

@@ -204,10 +204,10 @@ class SIMUOptimizer(CurvatureUpdates):
         """Return health figures, reading them from the device only now.
 
         Returns:
-            `unclipped`: per group, the share of entries whose step is not clipped (None before the first step, and where
-            it is whitened; 0.1 to 0.5 is healthy, Liu et al. 2023). `momentum_norm` and `curvature_norm`: per group, the Euclidean norms.
-            Of distributed parameters these are figures of this process's shards. `skipped_steps`: how many steps and
-            refreshes a non-finite gradient stopped.
+            `unclipped`: per group, the share of entries whose step is not clipped (0.1 to 0.5 is healthy, Liu et al.
+            2023; None before the first step, and where it is whitened). `momentum_norm` and `curvature_norm`: per
+            group, the Euclidean norms. Of distributed parameters these are figures of this process's shards.
+            `skipped_steps`: how many steps and refreshes a non-finite gradient stopped.
         """
         return {**health(self.param_groups, self.state), "skipped_steps": self._guard.num_stopped}
 

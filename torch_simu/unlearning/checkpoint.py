@@ -18,6 +18,7 @@ from torch_simu._hashes import sha256_of_all
 from torch_simu._temporary import remove_leftovers
 from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
+from torch_simu.unlearning.adversary import Adversary
 
 _KIND = "UnlearningRun"
 _FILE = "run.safetensors"
@@ -91,17 +92,27 @@ class RunCheckpoint:
         selection = NeuronSelection.load(self.folder / "selection.safetensors")
         return selection, Attribution.load(self.folder / "attribution.safetensors")
 
-    def save(self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, log: list[Record]) -> None:
-        """Write trained weights, optimizer state and step log, whole or not at all."""
+    def save(
+        self,
+        params: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        log: list[Record],
+        adversary: Adversary | None = None,
+    ) -> None:
+        """Write trained weights, the states of optimizer and adversary, and the step log, whole or not at all."""
         state = optimizer.state_dict()
         tensors = {f"weight/{name}": param.detach() for name, param in params.items()}
         for index, entry in state["state"].items():
             tensors |= {f"state/{index}/{key}": value for key, value in entry.items()}
+        if adversary is not None:
+            tensors |= {f"adversary/{name}": tensor for name, tensor in adversary.state().items()}
         counters = [{k: v for k, v in group.items() if isinstance(v, _COUNTERS)} for group in state["param_groups"]]
         save_tensors(self.folder / _FILE, _KIND, tensors, {"counters": counters, "log": log})
 
-    def load(self, params: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[Record]:
-        """Restore weights and optimizer in place, and return the step log; an empty one where there is no file.
+    def load(
+        self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, adversary: Adversary | None = None
+    ) -> list[Record]:
+        """Restore weights, optimizer and adversary in place, and return the step log; an empty one where there is no file.
 
         Raises:
             ValueError: If the file is damaged.
@@ -122,4 +133,9 @@ class RunCheckpoint:
         with torch.no_grad():
             for name, param in params.items():
                 param.copy_(tensors[f"weight/{name}"])
+        if adversary is not None:
+            prefix = "adversary/"
+            adversary.load(
+                {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+            )
         return cast("list[Record]", header["log"])

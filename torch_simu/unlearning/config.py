@@ -6,16 +6,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch_simu._checks import check_choice, check_count, check_number, check_pattern, problem
-from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_WEIGHT
+from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_TERMS, RETAIN_WEIGHT
 
 Where = Literal["all", "critical", "random", "every_neuron", "attention"]
 """Which weights train: all of them, critical neurons, as many random ones, all neurons, or attention projections."""
 
-MethodName = Literal["fo_graddiff", "so_graddiff", "simu_graddiff", "random_neurons", "all_neurons", "attention_only"]
+MethodName = Literal[
+    "simu", "fo_graddiff", "so_graddiff", "simu_graddiff", "random_neurons", "all_neurons", "attention_only"
+]
 """The methods, under the names they have in reports."""
+
+Curvature = Literal["gnb", "neurons", "both"]
+"""Where the curvature of a second-order method comes from; see `SIMUOptimizer`."""
 
 Rule = Literal["contrast", "top", "threshold"]
 """How critical neurons are chosen; `choose_neurons` says what each does."""
@@ -24,6 +29,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyType(
     {
+        "simu": ("second", "critical"),
         "fo_graddiff": ("first", "all"),
         "so_graddiff": ("second", "all"),
         "simu_graddiff": ("second", "critical"),
@@ -34,15 +40,56 @@ METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyTy
 )
 """Method -> (order of the optimizer: AdamW or Sophia, which weights train)."""
 
+_PUBLISHED: Mapping[str, object] = MappingProxyType(
+    {
+        "objective": "grad_diff",
+        "balance": False,
+        "curvature": "gnb",
+        "fraction": 0.1,
+        "lr": 1e-4,
+        "betas": (0.965, 0.99),
+        "hessian_interval": 10,
+    }
+)
+"""What the published methods leave open, as the optimizer has it."""
+
+_SIMU: Mapping[str, object] = MappingProxyType(
+    {
+        "objective": "probability",
+        "balance": True,
+        "curvature": "both",
+        "fraction": 1.0,
+        "lr": 0.04,
+        "betas": (0.9, 0.8),
+        "hessian_interval": 5,
+    }
+)
+"""What forgets for longest in our measurements."""
+
+
+def own_choices(method: str) -> Mapping[str, object]:
+    """Return the values that a method has where the configuration says nothing.
+
+    Examples:
+        >>> own_choices("simu")["objective"], own_choices("simu_graddiff")["objective"]
+        ('probability', 'grad_diff')
+    """
+    return _SIMU if method == "simu" else _PUBLISHED
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnlearnConfig:
-    """Every choice of an unlearning run; what the optimizer takes has the optimizer's defaults, and `lr` wants tuning.
+    """Every choice of an unlearning run. None stands for the method's own value (`own_choices`); `lr` wants tuning.
 
     Args:
         method: What is updated and how; see `METHODS`.
         objective: What is descended: one of `torch_simu.unlearning.objectives.OBJECTIVES`.
         retain_weight: Weight of the retain loss.
+        retain_term: "nll", or "kl" for the divergence from the model before the first step on retain rows.
+        balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
+        adversary_lr: Learning rate of a copy of the trained weights that relearns the forget set while it is forgotten;
+            the forget gradient is taken there then. None: there is no adversary. See `Adversary`.
+        adversary_interval: Steps after which that copy starts anew.
         rule: How critical neurons are chosen: "contrast" (forget score against retain score), "top" (largest forget
             scores), both up to `fraction`; or "threshold" (the paper's rule, share of the layer's largest score).
         fraction: Share of neurons that "contrast", "top" and random neurons select.
@@ -54,7 +101,10 @@ class UnlearnConfig:
         attribution_steps: Path steps of the attribution.
         max_completeness_error: As in `attribute_neurons`: scores of a layer that miss a larger share are refused.
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
-        lr: Step size: the largest change of one weight per step (Sophia), or AdamW's learning rate.
+        curvature: "gnb" (Sophia's diagonal on retain batches), or covariances on the forget batches: "neurons", "both".
+        damping: As in `SIMUOptimizer`, for the covariances.
+        lr: Step size: the largest change of one weight per step (Sophia), of a layer as a share of its norm (with a
+            curvature from covariances), or AdamW's learning rate.
         betas: Decay of momentum and curvature (Sophia); AdamW keeps (0.9, 0.999).
         rho: Curvature scale.
         weight_decay: Decoupled decay of the trained weights.
@@ -80,11 +130,15 @@ class UnlearnConfig:
         0.05
     """
 
-    method: MethodName = "simu_graddiff"
-    objective: str = "grad_diff"
+    method: MethodName = "simu"
+    objective: str = None  # type: ignore[assignment]
     retain_weight: float = RETAIN_WEIGHT
+    retain_term: Literal["nll", "kl"] = "nll"
+    balance: bool = None  # type: ignore[assignment]
+    adversary_lr: float | None = None
+    adversary_interval: int = 20
     rule: Rule = "contrast"
-    fraction: float = 0.1
+    fraction: float = None  # type: ignore[assignment]
     threshold: float = 0.3
     scope: Literal["layer", "global"] = "layer"
     attention: Literal["frozen", "full"] = "frozen"
@@ -93,12 +147,14 @@ class UnlearnConfig:
     attribution_steps: int = 10
     max_completeness_error: float | None = 0.2
     attribution_rows: int = 400
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.965, 0.99)
+    curvature: Curvature = None  # type: ignore[assignment]
+    damping: float = 0.1
+    lr: float = None  # type: ignore[assignment]
+    betas: tuple[float, float] = None  # type: ignore[assignment]
     rho: float = 0.04
     weight_decay: float = 0.0
     clip: float = 1.0
-    hessian_interval: int = 10
+    hessian_interval: int = None  # type: ignore[assignment]
     forget_batch_size: int = 16
     retain_batch_size: int = 16
     hessian_batch_size: int = 16
@@ -112,7 +168,12 @@ class UnlearnConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, tuple(METHODS))
+        for name, value in own_choices(self.method).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("retain_term", self.retain_term, RETAIN_TERMS)
+        check_choice("curvature", self.curvature, get_args(Curvature))
         check_choice("rule", self.rule, RULES)
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("attention", self.attention, ("frozen", "full"))
@@ -121,6 +182,12 @@ class UnlearnConfig:
         for name in ("retain_weight", "lr", "rho", "weight_decay"):
             check_number(name, getattr(self, name))
         check_number("clip", self.clip, low_open=True)
+        check_number("damping", self.damping, low_open=True)
+        if self.adversary_lr is not None:
+            check_number("adversary_lr", self.adversary_lr, low_open=True)
+        if self.whitened and not (self.second_order and self.trains_neurons):
+            wrong = f"curvature is {self.curvature!r} for method {self.method!r}"
+            raise ValueError(problem(wrong, "'gnb'", "Covariances of neurons need a method that trains neurons."))
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(problem(f"betas is {self.betas!r}", "two numbers in [0, 1)"))
         for number, beta in enumerate(self.betas):
@@ -146,8 +213,21 @@ class UnlearnConfig:
         """Which weights the method trains."""
         return METHODS[self.method][1]
 
+    @property
+    def whitened(self) -> bool:
+        """Whether the curvature is a covariance from hooks."""
+        return self.curvature != "gnb"
+
+    @property
+    def trains_neurons(self) -> bool:
+        """Whether the method trains columns of down projections, and no whole weights but attention's."""
+        return self.where not in ("all", "attention")
+
     def updated(self, **changes: object) -> UnlearnConfig:
-        """Return a copy with some values changed, checked anew."""
+        """Return a copy with some values changed, checked anew; what was a method's own is that of a new method."""
+        if "method" in changes:
+            before = own_choices(self.method)
+            changes = {name: None for name, value in before.items() if getattr(self, name) == value} | changes
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:

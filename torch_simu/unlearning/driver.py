@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from torch_simu._checks import problem
 from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
+from torch_simu.optimizer import GradientBalance
+from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
@@ -25,7 +28,7 @@ from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
 from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
-from torch_simu.unlearning.steps import StepBatches, make_optimizer, take_step
+from torch_simu.unlearning.steps import StepBatches, Stepper, make_hooks, make_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +103,11 @@ def unlearn(
         if not examples:
             raise ValueError(problem(f"The {name} set is empty", "at least one example"))
         check_fits(model, examples)
-    objective = objective or make_objective(config.objective, retain_weight=config.retain_weight, model=model)
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0
     saved = None
     try:
-        with mode(model, training=False):
+        with mode(model, training=False), ExitStack() as opened:
             if checkpoint is not None:
                 run = _fingerprint(model, forget, retain, config, objective, selection)
                 saved = RunCheckpoint.open(Path(checkpoint), run)
@@ -113,14 +115,25 @@ def unlearn(
                 model, forget, retain, config, selection=selection, pad_id=pad_id, checkpoint=saved, progress=progress
             )
             params, optimizer = make_optimizer(model, selection, config)
+            if objective is None:
+                # Before a checkpoint is loaded, and with what trains marked: some compare with the model as it is now.
+                objective = make_objective(
+                    config.objective, retain_weight=config.retain_weight, retain_term=config.retain_term, model=model
+                )
+            adversary = None
+            if config.adversary_lr is not None:
+                adversary = Adversary(optimizer, lr=config.adversary_lr, interval=config.adversary_interval)
             start = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
-            log = [] if saved is None else saved.load(params, optimizer)
+            log = [] if saved is None else saved.load(params, optimizer, adversary)
             stream = StepBatches(forget, retain, config, pad_id, model.device)
             refresh = Refresh(retain, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
+            hooks = opened.enter_context(make_hooks(model, selection, config) or nullcontext())
+            balance = GradientBalance(optimizer) if config.balance else None
+            stepper = Stepper(model, optimizer, objective, stream, refresh, hooks, balance, adversary)
             reached = bool(log) and _reached(log[-1], config)
             while len(log) < config.max_steps and not reached:
                 number = len(log)
-                record = take_step(model, optimizer, objective, stream, refresh, number)
+                record = stepper.take(number)
                 last = number + 1 == config.max_steps
                 if (number + 1) % config.eval_interval == 0 or last:
                     scores = score_answers(model, forget, batch_size=config.eval_batch_size, pad_id=pad_id)
@@ -132,7 +145,7 @@ def unlearn(
                     measuring += time.perf_counter() - before
                 log.append(record)
                 if saved is not None and ((number + 1) % config.checkpoint_interval == 0 or reached or last):
-                    saved.save(params, optimizer, log)
+                    saved.save(params, optimizer, log, adversary)
                 if progress is not None:
                     _tell(progress, log, reached, config)
     except (ValueError, TypeError, KeyError):
@@ -204,7 +217,7 @@ def _fingerprint(
     forget: Sequence[Example],
     retain: Sequence[Example],
     config: UnlearnConfig,
-    objective: Objective,
+    objective: Objective | None,
     selection: NeuronSelection | None,
 ) -> str:
     chosen = None if selection is None else {layer: selection[layer].tolist() for layer in selection}

@@ -91,6 +91,9 @@ def localize(
         return selection, None
     layers = None if config.layers is None else list(down_projections(model, config.layers))
     match config.where:
+        case "critical" if config.fraction == 1 and config.rule != "threshold":
+            # All of them, whatever their scores are.
+            return NeuronSelection.full(model, layers), None
         case "critical":
             if checkpoint is not None and (found := checkpoint.localized()) is not None:
                 return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,14 +16,17 @@ from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
 from torch_simu.deltas import trained_groups
-from torch_simu.layers import attention_projections
+from torch_simu.hooks import NeuronHooks, register_neuron_hooks
+from torch_simu.layers import attention_projections, num_neurons
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer import SIMUOptimizer
+from torch_simu.optimizer import GradientBalance, SIMUOptimizer
+from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
-from torch_simu.unlearning.objectives import Objective
+from torch_simu.unlearning.differentiate import differentiate, retain_weight
+from torch_simu.unlearning.objectives import Objective, mean_answer_nll
 from torch_simu.unlearning.refresh import Refresh
 
 
@@ -80,39 +85,101 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         clip=config.clip,
         hessian_interval=config.hessian_interval,
+        curvature=config.curvature,
+        damping=config.damping,
     )
 
 
-def take_step(
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    objective: Objective,
-    stream: StepBatches,
-    refresh: Refresh,
-    number: int,
-) -> Record:
-    """Descend the objective once, refresh the curvature when it is due, and return the record.
+def make_hooks(model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig) -> NeuronHooks | None:
+    """Return hooks on what trains, where the curvature is a covariance; they record inside `recording` only."""
+    if selection is None or not config.whitened:
+        return None
+    layers: dict[str, Tensor] = {layer: selection[layer] for layer in selection if len(selection[layer])}
+    if config.attention == "full":
+        for name, layer in attention_projections(model).items():
+            layers[name] = torch.arange(num_neurons(layer))
+    return register_neuron_hooks(
+        model, layers, reduce="covariance", outputs=config.curvature == "both", recording=False
+    )
 
-    Raises:
-        NonFiniteLossError: If the loss or a gradient is not finite; no weight has changed then.
+
+@dataclass(frozen=True, slots=True)
+class Stepper:
+    """Takes the steps of a run.
+
+    Args:
+        model: The model.
+        optimizer: Of its trained parameters.
+        objective: What is descended.
+        stream: The batches.
+        refresh: Refreshes a diagonal curvature on retain rows.
+        hooks: See the forget batches where the curvature is a covariance.
+        balance: Brings the forget gradient to the norm of the retain gradient.
+        adversary: Where the forget gradient is taken.
     """
-    optimizer.zero_grad()
-    record: Record = {"step": number + 1, "loss": 0.0}
-    for term in objective.terms(model, stream.batch("forget", number), stream.batch("retain", number)):
-        # Each term is differentiated before the next is made: one graph is held at a time.
-        (term.weight * term.loss).backward()
-        value = term.loss.item()
-        record[f"{term.name}_loss"] = value
-        record["loss"] += term.weight * value
-    if not math.isfinite(record["loss"]):
-        wrong = f"The loss of step {number + 1} is {record['loss']}"
-        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {stream.config.lr:g})."))
-    _check_gradients(model, optimizer, number, stream.config.lr)
-    optimizer.step()
-    optimizer.zero_grad()
-    if isinstance(optimizer, SIMUOptimizer) and refresh.after_step(model, optimizer, number):
-        record["refreshed"] = True
-    return record
+
+    model: PreTrainedModel
+    optimizer: Optimizer
+    objective: Objective
+    stream: StepBatches
+    refresh: Refresh
+    hooks: NeuronHooks | None = None
+    balance: GradientBalance | None = None
+    adversary: Adversary | None = None
+
+    def take(self, number: int) -> Record:
+        """Descend the objective once, refresh the curvature when it is due, and return the record.
+
+        Raises:
+            NonFiniteLossError: If the loss or a gradient is not finite; no weight has changed then.
+        """
+        model, optimizer, lr = self.model, self.optimizer, self.stream.config.lr
+        optimizer.zero_grad()
+        forget = self.stream.batch("forget", number)
+        due = self.hooks is not None and isinstance(optimizer, SIMUOptimizer) and optimizer.hessian_due
+        if self.adversary is not None:
+            following = self.stream.batch("forget", number + 1)
+            self.adversary.relearn(number, lambda: mean_answer_nll(model, following))
+            if due:
+                # The covariance is that of the model itself.
+                with self._recorded(True):
+                    mean_answer_nll(model, forget).backward()
+                optimizer.zero_grad()
+        terms = self.objective.terms(model, forget, self.stream.batch("retain", number))
+        found = differentiate(terms, balance=self.balance, at=partial(self._forgetting, due))
+        losses = {name: (weight, loss.item()) for name, (weight, loss) in found.items()}
+        record: Record = {"step": number + 1, "loss": sum(weight * value for weight, value in losses.values())}
+        record |= {f"{name}_loss": value for name, (_, value) in losses.items()}
+        if not math.isfinite(record["loss"]):
+            wrong = f"The loss of step {number + 1} is {record['loss']}"
+            raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
+        if self.balance is not None:
+            self.balance.combine_(retain_weight=retain_weight(found))
+        _check_gradients(model, optimizer, number, lr)
+        if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):
+            optimizer.update_curvature(self.hooks)
+            record["refreshed"] = True
+        optimizer.step()
+        optimizer.zero_grad()
+        diagonal = self.hooks is None and isinstance(optimizer, SIMUOptimizer)
+        if diagonal and self.refresh.after_step(model, optimizer, number):
+            record["refreshed"] = True
+        return record
+
+    @contextmanager
+    def _forgetting(self, due: bool) -> Iterator[None]:
+        """Make and differentiate the forget term in here: at the adversary, or seen by the hooks."""
+        with self.adversary.in_place() if self.adversary is not None else self._recorded(due):
+            yield
+
+    @contextmanager
+    def _recorded(self, due: bool) -> Iterator[None]:
+        if self.hooks is None or not due:
+            yield
+            return
+        self.hooks.reset()
+        with self.hooks.recording():
+            yield
 
 
 def _check_gradients(model: PreTrainedModel, optimizer: Optimizer, number: int, lr: float) -> None:

@@ -31,7 +31,8 @@ class Term(NamedTuple):
 class Objective(Protocol):
     """What an unlearning step descends: the sum of `weight * loss` over its terms.
 
-    The terms come one at a time, so that each can be differentiated, and its graph freed, before the next is made.
+    The term of the forget set comes first. Terms come one at a time, so that each can be differentiated, and its graph
+    freed, before the next is made.
     """
 
     def terms(self, model: PreTrainedModel, forget: Batch, retain: Batch) -> Iterator[Term]:

@@ -1,0 +1,114 @@
+"""Adversary: a copy of the trained weights that relearns the forget set, at which the forget gradient is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from torch_simu._checks import check_count, check_number
+from torch_simu.optimizer.entries import Entry, Selected, entries_of
+
+_LARGEST_NORM = 1.0
+
+
+class Adversary:
+    """A copy of what an optimizer trains, which takes AdamW steps on the forget set and starts anew every few steps.
+
+    What is forgotten at the weights of a model that was taught again is not brought back by that lesson: the inner
+    loop of tamper-resistant training (Tamirisa et al. 2024, arXiv 2408.00761; MUDMAN, arXiv 2506.12484). No second
+    model is held: the copy is of the trained entries only, with the two moments of AdamW.
+
+    Args:
+        optimizer: The optimizer whose trained entries are copied; of a `SIMUOptimizer` the selected ones.
+        lr: Learning rate of the copy.
+        interval: Steps after which it starts anew.
+
+    Raises:
+        ValueError: If `lr` or `interval` is not positive.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, lr: float, interval: int = 20) -> None:
+        self._lr, self._interval = check_number("lr", lr, low_open=True), check_count("interval", interval)
+        self._groups = [
+            {"neurons": [None] * len(group["params"]), "neuron_dim": -1, **group} for group in optimizer.param_groups
+        ]
+        self._selected = Selected()
+        self._values: dict[Tensor, nn.Parameter] = {}
+        self._steps = self._make_steps()
+
+    def relearn(self, number: int, loss: Callable[[], Tensor]) -> None:
+        """Take one step of the copy on the forget set; gradients of the model are cleared.
+
+        Args:
+            number: The step of the run, from 0; the copy starts anew where it is a multiple of the interval.
+            loss: Evaluates the model on forget rows, to be descended.
+        """
+        if number % self._interval == 0 or not self._values:
+            self._values = {
+                entry.param: nn.Parameter(entry.gather().detach().to(entry.grad.dtype, copy=True))
+                for entry in self._entries()
+            }
+            self._steps = self._make_steps()
+        with self.in_place():
+            loss().backward()
+            for entry in entries_of(self._groups, range(len(self._groups)), self._selected):
+                self._values[entry.param].grad = entry.grad
+                entry.param.grad = None
+        torch.nn.utils.clip_grad_norm_(self._values.values(), _LARGEST_NORM)
+        self._steps.step()
+        self._steps.zero_grad()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give the model the weights of the copy inside the block; its own come back bit by bit."""
+        entries = self._entries()
+        own = [entry.gather().detach().clone() for entry in entries]
+        try:
+            with torch.no_grad():
+                for entry in entries:
+                    entry.write(self._values[entry.param].detach().to(entry.param.dtype))
+            yield
+        finally:
+            with torch.no_grad():
+                for entry, value in zip(entries, own, strict=True):
+                    entry.write(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a resumed run needs, as tensors."""
+        found = {f"value/{number}": value.detach() for number, value in enumerate(self._values.values())}
+        for number, state in self._steps.state_dict()["state"].items():
+            found |= {f"adam/{number}/{key}": value for key, value in state.items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned; from nothing, start anew."""
+        if not tensors:
+            return
+        self._values = {
+            entry.param: nn.Parameter(tensors[f"value/{number}"].to(entry.grad, copy=True))
+            for number, entry in enumerate(self._entries())
+        }
+        self._steps = self._make_steps()
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, number, *key = name.split("/")
+            if kind == "adam":
+                state.setdefault(int(number), {})[key[0]] = tensor.clone()
+        self._steps.load_state_dict({**self._steps.state_dict(), "state": state})
+
+    def _make_steps(self) -> AdamW:
+        values = list(self._values.values()) or [nn.Parameter(torch.zeros(0))]
+        return AdamW(values, lr=self._lr, weight_decay=0.0)
+
+    def _entries(self) -> list[Entry]:
+        values = {
+            param: param.detach()
+            for group in self._groups
+            for param, neurons in zip(group["params"], group["neurons"], strict=True)
+            if param.requires_grad and (neurons is None or neurons)
+        }
+        return list(entries_of(self._groups, range(len(self._groups)), self._selected, values))
