@@ -65,6 +65,15 @@ def test_the_bars_keep_their_speed_when_the_expected_end_moves() -> None:
     assert left >= "00:01"
 
 
+@pytest.mark.parametrize("stage", ["unlearn", "random_neurons: attribute retain"])
+def test_nothing_of_a_bar_is_cut_at_80_columns(stage: str) -> None:
+    written = io.StringIO()
+    with progress_bars(Console(file=written, width=80, force_terminal=False)) as tell:
+        tell(stage, 12, 200, "forget prob. 0.412, about 188 steps left")
+    words = written.getvalue().split()
+    assert {*stage.split(), "12/200", "0.412,", "188", "left"} <= set(words) and "…" not in written.getvalue()
+
+
 MEASURES = {"em": 1.0, "es": 0.5, "probability": 0.125}
 
 

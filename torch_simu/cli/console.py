@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from torch_simu.unlearning.progress import Progress as ProgressCallback
@@ -73,7 +73,8 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}", markup=False),
+        # Beside long names a note goes on below; otherwise the numbers would be cut.
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
     )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Task] = {}
