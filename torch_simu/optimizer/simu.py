@@ -118,7 +118,7 @@ class SIMUOptimizer(Optimizer):
         }
         # Objects, because a wrapper may copy the attributes: both must go on with the same ones.
         self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
-        super().__init__(params if selection is None else selected_groups(params, selection), defaults)
+        super().__init__(selected_groups(params, selection), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -202,8 +202,8 @@ class SIMUOptimizer(Optimizer):
         Raises:
             ValueError: If `num_tokens` or `grad_scale` is not positive, or no group takes this curvature.
         """
-        for name, value in (("num_tokens", num_tokens), ("grad_scale", grad_scale)):
-            if value is not None and not isinstance(value, Tensor):
+        for name, value in (("num_tokens", num_tokens), ("grad_scale", 1 if grad_scale is None else grad_scale)):
+            if not isinstance(value, Tensor):
                 check_number(name, value, low_open=True)
         numbers = refreshed_by(self.param_groups, "gnb", "update_hessian")
         entries = self._entries(numbers)
