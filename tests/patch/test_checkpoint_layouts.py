@@ -191,7 +191,7 @@ def test_a_checkpoint_of_codes_beside_one_of_weights_is_refused_with_what_works(
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_8bit": True}}))
 
     _, _, selection = layouts(tmp_path, "llama", quantize)
-    with pytest.raises(ValueError, match="holds codes, and the other weights.*call NeuronPatch.between"):
+    with pytest.raises(ValueError, match="base' holds codes, and .*model' weights, .*copy .*base', and remove deltas"):
         patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
 
 
