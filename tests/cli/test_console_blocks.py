@@ -119,13 +119,41 @@ def test_a_second_request_starts_from_the_result_of_the_first(place):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers.quantizers")
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_a_quantized_model_forgets_and_is_measured(kind, place):
+def test_a_quantized_model_forgets_and_is_measured_and_patched(kind, place, capsys):
     pytest.importorskip("bitsandbytes")
     assert run(*UNLEARN, "--out", "OUT", "--load-in", kind, *QUICK) == 0
     assert Path("OUT/deltas.safetensors").is_file()
     assert run("evaluate", "--model", "OUT", *SETS, "--reference", "MODEL_DIR", "--out", "figures.json") == 0
     assert forget_probability("figures.json", "model") <= 0.11
     assert run("attribute", "--model", "OUT", "--forget", "forget.jsonl", "--out", "attributed") == 0
+    # Its deltas are a patch of the codes beside them.
+    create = ("patch", "create", "BASE", "OUT", "OUT/selection.safetensors", "patch.safetensors")
+    shutil.copytree("MODEL_DIR", "BASE")
+    capsys.readouterr()
+    assert run(*create) == 2
+    told = "The base of deltas is the codes beside them: copy 'OUT', and remove deltas.safetensors from the copy."
+    assert told in capsys.readouterr().err
+    shutil.rmtree("BASE")
+    shutil.copytree("OUT", "BASE")
+    assert run(*create) == 2
+    assert "The base 'BASE' holds deltas itself, expected no deltas." in capsys.readouterr().err
+    Path("BASE/deltas.safetensors").unlink()
+    assert run(*create) == 0
+    assert run("patch", "show", "patch.safetensors") == 0
+    assert "down_proj.delta  delta" in capsys.readouterr().out
+    assert run("patch", "verify", "patch.safetensors", "BASE", "OUT") == 0
+    assert run("patch", "verify", "patch.safetensors", "BASE", "BASE") == 1
+    assert run("patch", "verify", "patch.safetensors", "MODEL_DIR", "MODEL_DIR") == 1
+    assert run("patch", "apply", "patch.safetensors", "BASE", "applied") == 0
+    assert Path("applied/deltas.safetensors").read_bytes() == Path("OUT/deltas.safetensors").read_bytes()
+    assert content("applied") == content("OUT")
+    assert run("evaluate", "--model", "applied", *SETS, "--out", "applied.json") == 0
+    assert forget_probability("applied.json", "model") == forget_probability("figures.json", "model")
+    for wrong in ("OUT", "MODEL_DIR"):
+        assert run("patch", "apply", "patch.safetensors", wrong, "twice") == 2
+    assert run("patch", "revert", "patch.safetensors", "BASE", "reverted") == 2
+    assert run("patch", "revert", "patch.safetensors", "OUT", "reverted") == 0
+    assert content("reverted") == content("BASE") and not Path("reverted/deltas.safetensors").exists()
 
 
 @pytest.mark.parametrize("step", [0, 7, 25])

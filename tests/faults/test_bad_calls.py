@@ -12,8 +12,8 @@ from tests.faults.calls import KINDS, Call
 from tests.models import tiny
 
 CALLS = [pytest.param(call, id=f"{kind.__name__}: {name}") for kind in KINDS for name, call in kind()]
-PYTHONS_OWN = ("unsupported operand", "optimizer got an empty", "'NoneType' object is not", "'float' object is not")
-"""Messages of Python and of torch's base class, which say it well enough."""
+PYTHONS_OWN = ("unsupported operand type(s) for |: 'NeuronSelection'", "optimizer got an empty parameter list")
+"""What Python says of an operator, and torch's base class of no parameters."""
 
 ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError)
 

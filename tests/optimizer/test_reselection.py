@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -179,6 +181,50 @@ def test_named_parameters_of_any_layout_take_over(first, second, old, new, seed)
         assert torch.equal(param, before[name])
     held = [param for group in optimizer.param_groups for param in group["params"]]
     assert len(held) == len(set(held)) == sum(len(group["param_names"]) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("first", ["columns", "rows"])
+@pytest.mark.parametrize("second", ["columns", "rows"])
+@pytest.mark.parametrize("kept", [False, True], ids=["moved", "joined"])
+@given(st.sets(st.integers(0, SIZE - 1), min_size=1), st.sets(st.integers(0, SIZE - 1), min_size=1), seeds)
+def test_named_parameters_continue_from_the_state_of_a_changed_selection(first, second, kept, old, new, seed):
+    """Law 5, where the change moved layers from group to group; rounding draws go by the places in them."""
+    options = {"lr": 0.1, "hessian_interval": 2, "stochastic_rounding": True}
+
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(2, 3), KINDS[first][0](), KINDS[second][0](), nn.Linear(3, 2)]).bfloat16()
+
+    before = NeuronSelection({"1": old}, {"1": SIZE})
+    after = NeuronSelection({"2": new, **({"1": old} if kept else {})}, {"1": SIZE, "2": SIZE})
+    model, resumed = made(), made()
+    optimizer = SIMUOptimizer(model.named_parameters(), selection=before, **options)
+    train(model, optimizer, seed, 2)
+    optimizer.change_selection(after, model)
+    train(model, optimizer, seed + 100, 3)
+    resumed.load_state_dict(model.state_dict())
+    again = SIMUOptimizer(resumed.named_parameters(), selection=after, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.hessian_due == optimizer.hessian_due
+    for each in (model, resumed):
+        torch.manual_seed(seed)
+        train(each, optimizer if each is model else again, seed + 200, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    for layer in after:
+        states = [each.state[run[int(layer)].weight] for each, run in ((optimizer, model), (again, resumed))]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_named_parameters_of_another_selection_are_refused_and_keep_their_groups():
+    model = nn.ModuleList([nn.Linear(SIZE, 4), Conv1D(4, SIZE)])
+    optimizer = SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"0": [1]}, {"0": SIZE}))
+    optimizer.change_selection(NeuronSelection({"1": [2]}, {"1": SIZE}), model)
+    other = SIMUOptimizer(model.named_parameters(), selection=NeuronSelection({"1": [3]}, {"1": SIZE}))
+    names = [group["param_names"] for group in other.param_groups]
+    with pytest.raises(ValueError, match="of the saved state has other neurons than this optimizer"):
+        other.load_state_dict(optimizer.state_dict())
+    assert [group["param_names"] for group in other.param_groups] == names
 
 
 def test_a_layer_that_trained_along_another_dimension_is_refused_and_nothing_changes():

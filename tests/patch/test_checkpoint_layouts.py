@@ -191,7 +191,7 @@ def test_a_checkpoint_of_codes_beside_one_of_weights_is_refused_with_what_works(
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_8bit": True}}))
 
     _, _, selection = layouts(tmp_path, "llama", quantize)
-    with pytest.raises(ValueError, match="holds codes, and the other weights.*call NeuronPatch.between"):
+    with pytest.raises(ValueError, match="base' holds codes, and .*model' weights, .*copy .*base', and remove deltas"):
         patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
 
 
@@ -252,7 +252,7 @@ def test_a_tensor_that_cannot_be_told_apart_again_is_refused_and_goes_on_the_loa
 def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     twice = rewrite(lambda found: found | {"wte.weight": found["transformer.wte.weight"]})
     _, _, selection = layouts(tmp_path, "gpt2", twice)
-    with pytest.raises(ValueError, match="Tensor 'transformer.wte.weight' is stored twice, once as 'wte.weight'|twice"):
+    with pytest.raises(ValueError, match="Tensor 'transformer.wte.weight' is stored twice, once as "):
         patch_between_checkpoints(tmp_path / "base", tmp_path / "model", selection)
 
 

@@ -208,8 +208,9 @@ def test_a_patch_of_a_quantized_model_is_its_deltas_bound_to_the_codes(tmp_path:
     with pytest.raises(ValueError, match="The patch is not applied to layer"):
         patch.revert(base)
     detach_deltas(model)
-    with pytest.raises(ValueError, match="holds 2 deltas beside quantized layers"):
-        apply_to_checkpoint(patch, tmp_path, tmp_path / "out")
+    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match="The weight of layer .* in .*float' has sha256 .* in codes of other options"):
+        apply_to_checkpoint(patch, tmp_path / "float", tmp_path / "out")
 
 
 def test_damaged_and_changed_files_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch_simu._checks import check_choice, problem
 from torch_simu.bitsandbytes.installed import require_bitsandbytes
 from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
 from torch_simu.deltas import load_deltas
+from torch_simu.deltas.files import DELTAS as DELTAS
 from torch_simu.layers import attention_projections
 from torch_simu.patch.weights import INDEX, indexed_files, weight_files
 from torch_simu.unlearning.data.tokenizer import load_tokenizer
@@ -28,10 +29,6 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CODES = ("8bit", "4bit")
 
 _MERGE = "Merge the adapter into the model (merge_and_unload) and save the whole."
-
-DELTAS = "deltas.safetensors"
-"""Where the deltas of a quantized model are, in its folder."""
-
 
 BASE_STILL_KNOWS = (
     "The weights in this folder are the untouched quantized base, which still knows the forget set; what makes it "

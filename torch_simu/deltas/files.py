@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, save_tensors
@@ -16,7 +16,18 @@ from torch_simu.deltas.layer import DeltaLayer
 from torch_simu.layers import d_model, num_neurons
 from torch_simu.neurons import NeuronSelection
 
+DELTAS = "deltas.safetensors"
+"""Where the deltas of a model are, in its folder."""
+
 _KIND = "Deltas"
+
+
+class DeltasOnFile(NamedTuple):
+    """What a file of deltas holds: layer -> delta, its neurons, and the sha256 of the weight or codes beside it."""
+
+    deltas: dict[str, Tensor]
+    selection: NeuronSelection
+    hashes: dict[str, str]
 
 
 def save_deltas(model: nn.Module, path: str | Path) -> None:
@@ -26,26 +37,28 @@ def save_deltas(model: nn.Module, path: str | Path) -> None:
         ValueError: If no layer has a delta.
     """
     layers = checked_layers(model)
-    tensors = {f"{name}.delta": layer.delta.detach() for name, layer in layers.items()}
-    tensors |= {f"{name}.idx": layer.idx for name, layer in layers.items()}
-    header = {
-        "num_neurons": {name: num_neurons(layer) for name, layer in layers.items()},
-        "sha256": {name: fingerprint(layer) for name, layer in layers.items()},
-    }
+    selection = NeuronSelection(
+        {name: layer.idx for name, layer in layers.items()},
+        {name: num_neurons(layer) for name, layer in layers.items()},
+    )
+    deltas = {name: layer.delta.detach() for name, layer in layers.items()}
+    write_deltas(path, DeltasOnFile(deltas, selection, {name: fingerprint(layer) for name, layer in layers.items()}))
+
+
+def write_deltas(path: str | Path, found: DeltasOnFile) -> None:
+    """Write deltas that are on no model."""
+    tensors = {f"{name}.delta": delta for name, delta in found.deltas.items()}
+    tensors |= {f"{name}.idx": found.selection[name] for name in found.deltas}
+    header = {"num_neurons": dict(found.selection.num_neurons), "sha256": found.hashes}
     save_tensors(path, _KIND, tensors, header)
 
 
-def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
-    """Attach the deltas that `save_deltas` wrote to the same base model.
-
-    Returns:
-        Layer -> its delta, as `attach_deltas`.
+def read_deltas(path: str | Path) -> DeltasOnFile:
+    """Read what `save_deltas` wrote, without a model.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        KeyError: If a layer is not in the model.
-        ValueError: If the file is damaged, a delta has another shape or is not finite, or a layer is not the one that
-            the delta was trained beside; nothing is attached then.
+        ValueError: If the file is damaged, or a delta is not finite.
     """
     tensors, header = load_tensors(path, _KIND)
     try:
@@ -61,6 +74,22 @@ def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
         if not delta.is_floating_point() or not bool(delta.isfinite().all()):
             wrong = f"The delta of layer {name!r} in {str(path)!r} is {delta.dtype} and not finite everywhere"
             raise ValueError(problem(wrong, "finite floating-point numbers", "The file is damaged."))
+    return DeltasOnFile(deltas, selection, hashes)
+
+
+def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
+    """Attach the deltas that `save_deltas` wrote to the same base model.
+
+    Returns:
+        Layer -> its delta, as `attach_deltas`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        KeyError: If a layer is not in the model.
+        ValueError: If the file is damaged, a delta has another shape or is not finite, or a layer is not the one that
+            the delta was trained beside; nothing is attached then.
+    """
+    deltas, selection, hashes = read_deltas(path)
     modules = dict(model.named_modules())
     for name, expected in hashes.items():
         if name not in modules:

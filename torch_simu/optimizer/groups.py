@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count, check_number, problem
-from torch_simu.columns import NeuronDim, dims_of, num_columns
+from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.neurons import NeuronSelection, checked_indices
 from torch_simu.optimizer.storage import check_blockwise
 
@@ -28,8 +28,16 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def selected_groups(params: Iterable[Any], selection: NeuronSelection) -> list[dict[str, Any]]:
-    """Return a group per layout in which each named parameter trains the selected neurons of its layer, or nothing."""
+def selected_groups(params: Iterable[Any], selection: NeuronSelection | None) -> Iterable[Any]:
+    """Return a group per layout in which each named parameter trains the selected neurons of its layer, or nothing.
+
+    Without a selection they are returned as they are.
+    """
+    if not isinstance(params, Iterable):
+        wrong = f"params is of type {type(params).__name__}"
+        raise TypeError(problem(wrong, "parameters or groups of them", "Pass model.parameters()."))
+    if selection is None:
+        return params
     named = list(params)
     if not all(isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in named):
         raise TypeError(
@@ -167,11 +175,20 @@ def _checked_neurons(params: list[Any], neurons: Any, dim: NeuronDim) -> list[li
         if chosen is None:
             checked.append(None)
             continue
-        dims = dims_of(dim)
-        inside = all(isinstance(each, int) and -param.dim() <= each < param.dim() for each in dims)
-        if not dims or not inside or len({each % param.dim() for each in dims}) != len(dims):
+        if not _are_dims(dim, param.dim()):
             expected = f"a dimension of parameter {number}, {tuple(param.shape)}, or a tuple of different ones"
-            raise ValueError(problem(f"neuron_dim is {dim}", expected))
+            raise ValueError(problem(f"neuron_dim is {dim!r}", expected))
         name = f"params[{number}]"
         checked.append(list(checked_indices(name, chosen, max(1, num_columns(param.shape, dim)))))
     return checked
+
+
+def _are_dims(dim: object, count: int) -> bool:
+    dims = (dim,) if isinstance(dim, int) else dim
+    if (
+        not dims
+        or not isinstance(dims, tuple | list)
+        or not all(isinstance(each, int) and -count <= each < count for each in dims)
+    ):
+        return False
+    return len({each % count for each in dims}) == len(dims)

@@ -59,6 +59,32 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
             raise ValueError(problem(wrong, f"{(size, size)}", _ADVICE))
 
 
+def arranged(groups: list[dict[str, Any]], saved: Groups) -> list[dict[str, Any]]:
+    """Return named parameters in the groups of a saved state, where each selects the same neurons; others as they are.
+
+    Another selection may have moved layers from group to group. Their places count: draws of rounding go by them.
+    """
+    names, own = ([name for group in each for name in group.get("param_names", ())] for each in (saved, groups))
+    num_params = sum(len(group["params"]) for group in groups)
+    if len(set(own)) < num_params or sorted(names) != sorted(own):
+        return groups
+    held = {
+        name: (param, neurons, group["neuron_dim"])
+        for group in groups
+        for name, param, neurons in zip(group["param_names"], group["params"], group["neurons"], strict=True)
+    }
+    result = []
+    for number, each in enumerate(saved):
+        members = [held[name] for name in each["param_names"]]
+        # A parameter of which nothing trains may be in any group.
+        if any(neurons != [] and dim != each["neuron_dim"] for _, neurons, dim in members):
+            return groups
+        own_part = {"params": [param for param, _, _ in members], "neurons": [neurons for _, neurons, _ in members]}
+        named = {"param_names": list(each["param_names"]), "neuron_dim": each["neuron_dim"]}
+        result.append({**groups[min(number, len(groups) - 1)], **own_part, **named})
+    return result
+
+
 @contextmanager
 def saving(optimizer: Optimizer) -> Iterator[None]:
     """Let states that are saved hold plain counters, before the post-hooks of others see them."""
@@ -79,7 +105,9 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
     found: dict[str, Any] = {}
 
     def check(_: Optimizer, adapted: dict[str, Any]) -> None:
-        check_loadable(adapted, optimizer.param_groups)
+        groups = arranged(optimizer.param_groups, adapted.get("param_groups", []))
+        check_loadable(adapted, groups)
+        optimizer.param_groups[:] = groups
         found.update(adapted)
 
     def restore(_: Optimizer) -> None:

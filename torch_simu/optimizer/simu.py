@@ -131,7 +131,7 @@ class SIMUOptimizer(CurvatureUpdates):
         }
         # Objects, because a wrapper may copy the attributes: both must go on with the same ones.
         self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
-        super().__init__(params if selection is None else selected_groups(params, selection), defaults)
+        super().__init__(selected_groups(params, selection), defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

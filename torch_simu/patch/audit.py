@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -73,6 +74,7 @@ def audit(
     model: Mapping[str, Tensor],
     *,
     unread: Collection[str] = (),
+    codes: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Audit:
     """Compare all tensors by hash, and those that differ with what a patch says of them.
 
@@ -81,6 +83,7 @@ def audit(
         base: The base's tensors.
         model: The changed model's.
         unread: Tensors that only one side may have, because no model reads them.
+        codes: Delta -> sha256 of the codes and scales that it is beside in the changed model.
     """
     rows: dict[str, dict[str, object]] = {}
     problems = []
@@ -90,9 +93,10 @@ def audit(
         after = sha256_of(model[name]) if name in model else None
         expected = (change.before, change.after) if change else (before, before)
         if change is not None and change.kind == "delta":
-            # Of a delta the first hash is that of the codes beside it, which are compared on their own.
-            expected = (before, change.after)
-        if (before, after) == expected:
+            # Of a delta the first hash is that of the codes beside it.
+            expected = (None, change.after)
+        bound = change is None or change.kind != "delta" or codes.get(name) == change.before
+        if bound and (before, after) == expected:
             rows[name] = {"status": change.kind if change else "unchanged", "before": before, "after": after}
             if change is not None and change.num_neurons:
                 rows[name] |= {"selected": len(change.neurons), "of": change.num_neurons}

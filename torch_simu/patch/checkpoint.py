@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
@@ -15,9 +18,11 @@ from torch_simu._files import current_umask, flush_to_disk
 from torch_simu._hashes import sha256_of
 from torch_simu._temporary import remove_leftovers, temporary_beside
 from torch_simu.columns import NeuronDim, num_columns
+from torch_simu.deltas.files import DELTAS
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
-from torch_simu.patch.change import Where, changes_between
+from torch_simu.patch.beside import check_deltas, deltas_beside, layer_of, put_deltas, stored_fingerprint
+from torch_simu.patch.change import Change, Where, changes_between
 from torch_simu.patch.model import neurons_of
 from torch_simu.patch.patch import NeuronPatch
 from torch_simu.patch.reading import Checkpoint, is_quantized, opened
@@ -52,20 +57,27 @@ def patch_between_checkpoints(
     except re.error as error:
         raise ValueError(problem(f"whole is {whole!r} ({error})", "a regular expression")) from None
     if is_quantized(base) != is_quantized(model):
-        wrong = f"One of {str(base)!r} and {str(model)!r} holds codes, and the other weights"
-        advice = "Of a quantized model the patch is its deltas: load both, and call NeuronPatch.between."
+        codes, weights = (base, model) if is_quantized(base) else (model, base)
+        wrong = f"{str(codes)!r} holds codes, and {str(weights)!r} weights"
+        advice = f"The base of deltas is the codes beside them: copy {str(codes)!r}, and remove {DELTAS} from the copy."
         raise ValueError(problem(wrong, "two checkpoints of one kind", advice))
+    if deltas_beside(base):
+        advice = f"Give a copy without {DELTAS}: the base of deltas is the codes beside them."
+        raise ValueError(problem(f"The base {str(base)!r} holds deltas itself", "no deltas", advice))
+    deltas = deltas_beside(model)
     with opened(base) as before, opened(model) as after:
+        _check_selected(deltas, selection)
         changes = changes_between(
             before,
             after,
-            _where(before, base, selection),
+            _where(before, base, _beside_no(deltas, selection)),
             lambda name: allowed is not None and bool(allowed.search(name)),
             unread=before.unread | after.unread,
         )
+        check_deltas(deltas, before, model, applied=True)
+    changes |= deltas
     if not changes:
-        advice = "Is it the same folder? Deltas beside codes are no part of it: load both, and use NeuronPatch.between."
-        raise ValueError(problem("No bit differs between base and model", "a change", advice))
+        raise ValueError(problem("No bit differs between base and model", "a change", "Is it the same folder?"))
     return NeuronPatch(changes, dict(provenance or {}))
 
 
@@ -81,7 +93,7 @@ def apply_to_checkpoint(patch: NeuronPatch, base: str | Path, out: str | Path) -
         FileExistsError: If `out` exists.
         FileNotFoundError: If `base` has no safetensors file.
         KeyError: If a tensor is not in the checkpoint.
-        ValueError: If a tensor is not that of the base, to the last bit, or the patch holds deltas.
+        ValueError: If a tensor is not that of the base, to the last bit, or the base holds deltas.
     """
     _flip(patch, base, out, applied=False)
 
@@ -94,19 +106,29 @@ def revert_checkpoint(patch: NeuronPatch, model: str | Path, out: str | Path) ->
 def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -> Audit:
     """Compare every tensor of two folders by hash, and say whether the patch, and nothing else, lies between them."""
     with opened(base) as before, opened(model) as after:
-        return audit(patch.changes, before, after, unread=before.unread | after.unread)
+        found = {name: change.value for name, change in deltas_beside(model).items()}
+        there = {name: change.value for name, change in deltas_beside(base).items()}
+        codes = {name: stored_fingerprint(after, layer_of(name)) for name in found}
+        return audit(
+            patch.changes,
+            ChainMap(there, cast("dict[str, Tensor]", before)),
+            ChainMap(found, cast("dict[str, Tensor]", after)),
+            unread=before.unread | after.unread,
+            codes=codes,
+        )
 
 
 def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: bool) -> None:
     source, out = Path(source), Path(out)
-    if deltas := [name for name, change in patch.changes.items() if change.kind == "delta"]:
-        wrong = f"The patch holds {len(deltas)} deltas beside quantized layers, such as {deltas[0]!r}"
-        raise ValueError(problem(wrong, "changes of weights", "Load the model and call patch.apply(model)."))
+    deltas = {name: change for name, change in patch.changes.items() if change.kind == "delta"}
+    changes = {name: change for name, change in patch.changes.items() if change.kind != "delta"}
     remove_leftovers(out)
     _check_new_folder(out, source)
-    hashes = {name: change.before if applied else change.after for name, change in patch.changes.items()}
+    hashes = {name: change.before if applied else change.after for name, change in changes.items()}
     with opened(source) as tensors:
-        for name, change in patch.changes.items():
+        if deltas or (Path(source) / DELTAS).is_file():
+            check_deltas(deltas, tensors, source, applied=applied)
+        for name, change in changes.items():
             if name not in tensors:
                 raise KeyError(problem(f"Tensor {name!r} is not in {str(source)!r}", "the patch's base"))
             tensors.check_writable(name)
@@ -116,7 +138,11 @@ def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: b
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(out, folder=True) as copy:
             _copy(source, copy)
-            for name, change in patch.changes.items():
+            if deltas and applied:
+                (copy / DELTAS).unlink()
+            elif deltas:
+                put_deltas(deltas, copy)
+            for name, change in changes.items():
                 tensors.write(copy, name, change.flipped(tensors[name]))
             with opened(copy) as written:
                 for name, expected in hashes.items():
@@ -152,6 +178,23 @@ def _copy(source: Path, out: Path) -> None:
     mode = 0o777 & ~current_umask()
     for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
         folder.chmod(mode)
+
+
+def _check_selected(deltas: Mapping[str, Change], selection: NeuronSelection) -> None:
+    for name, change in deltas.items():
+        layer = layer_of(name)
+        if layer not in selection or not torch.equal(selection[layer], change.neurons):
+            raise ValueError(problem(f"The delta of layer {layer!r} is of other neurons", "those of the selection"))
+
+
+def _beside_no(deltas: Mapping[str, Change], selection: NeuronSelection) -> NeuronSelection:
+    """Return the layers of a selection whose weights may change themselves: those without a delta."""
+    if not deltas:
+        return selection
+    kept = [layer for layer in selection if f"{layer}.delta" not in deltas and len(selection[layer])]
+    return NeuronSelection(
+        {layer: selection[layer] for layer in kept}, {layer: selection.num_neurons[layer] for layer in kept}
+    )
 
 
 def _where(base: Checkpoint, folder: str | Path, selection: NeuronSelection) -> Where:

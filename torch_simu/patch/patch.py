@@ -109,8 +109,10 @@ class NeuronPatch:
     def verify(self, base: nn.Module, model: nn.Module) -> Audit:
         """Compare every tensor of two models by hash, and say whether the patch and nothing else lies between them."""
         found = dict(tensors_of(model))
-        found |= {f"{name}.delta": layer.delta.detach() for name, layer in attached_layers(model).items()}
-        return audit(self.changes, tensors_of(base), found)
+        attached = attached_layers(model)
+        found |= {f"{name}.delta": layer.delta.detach() for name, layer in attached.items()}
+        codes = {f"{name}.delta": fingerprint(layer) for name, layer in attached.items()}
+        return audit(self.changes, tensors_of(base), found, codes=codes)
 
     def save(self, path: str | Path) -> None:
         """Write the patch to `path` (safetensors with a JSON header), whole or not at all."""

@@ -112,7 +112,7 @@ class RunCheckpoint:
     def load(
         self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, adversary: Adversary | None = None
     ) -> list[Record]:
-        """Restore weights, optimizer and adversary in place, and return the step log; an empty one where there is no file.
+        """Restore weights, optimizer and adversary, and return the step log; an empty one where there is no file.
 
         Raises:
             ValueError: If the file is damaged.

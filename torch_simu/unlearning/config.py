@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from torch_simu._checks import check_choice, check_count, check_number, check_pattern, problem
 from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_TERMS, RETAIN_WEIGHT

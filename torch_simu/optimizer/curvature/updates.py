@@ -67,8 +67,8 @@ class CurvatureUpdates(Optimizer):
         Raises:
             ValueError: If `num_tokens` or `grad_scale` is not positive, or no group takes this curvature.
         """
-        for name, value in (("num_tokens", num_tokens), ("grad_scale", grad_scale)):
-            if value is not None and not isinstance(value, Tensor):
+        for name, value in (("num_tokens", num_tokens), ("grad_scale", 1 if grad_scale is None else grad_scale)):
+            if not isinstance(value, Tensor):
                 check_number(name, value, low_open=True)
         numbers = refreshed_by(self.param_groups, "gnb", "update_hessian")
         entries = self._entries(numbers)
