@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from torch_simu.cli.console import plain, progress_bars, say, show_report, show_text
+from torch_simu.cli.interrupts import Interrupt, how_to_go_on, interruptible
 from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
@@ -257,9 +258,15 @@ def attribute(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input gets one line on standard error and exit status 2."""
+    """Run the command line; bad input gets one line on standard error and exit status 2.
+
+    Ctrl-C and SIGTERM get one that says how to go on, and exit status 130 and 143.
+    """
     try:
-        status = app(arguments, standalone_mode=False)
+        with interruptible():
+            status = app(arguments, standalone_mode=False)
+    except Interrupt as interrupt:
+        _fail(how_to_go_on(interrupt), status=interrupt.status)
     except _UsageError as error:
         _fail(cast("typer.BadParameter", error).format_message())
     except (typer.Abort, KeyboardInterrupt):
