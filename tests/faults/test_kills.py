@@ -6,11 +6,13 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 from tests.faults.killing import KILLED, child, content
@@ -18,7 +20,8 @@ from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import NeuronPatch, NeuronSelection
 from torch_simu.cli import jobs
 from torch_simu.cli.app import main
-from torch_simu.unlearning.report.plots import check_plots
+
+FEW = 40
 
 Work = Callable[[], object]
 
@@ -26,8 +29,6 @@ Work = Callable[[], object]
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are written without being drawn: a command is called hundreds of times."""
-    # Imported once here, rather than in every child.
-    check_plots()
     monkeypatch.setattr(jobs, "plot_curves", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
     monkeypatch.setattr(jobs, "plot_attribution", lambda *arguments: arguments[1].write_bytes(b"plot"))
 
@@ -47,9 +48,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         each.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     NeuronPatch.between(model, changed, selection).save(folder / "patch.safetensors")
-    for name, rows in (("forget", ROWS[:1]), ("retain", ROWS[1:])):
+    for name, rows in (("forget", ROWS[:1]), ("retain", ROWS[2:3])):
         lines = (json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    # Imports what a command needs when it runs, once and not in every child.
+    with suppress(SystemExit):
+        works(folder, folder)["unlearn"]()
+    shutil.rmtree(folder / "out")
     return folder
 
 
@@ -68,6 +73,12 @@ def works(originals: Path, place: Path) -> dict[str, Work]:
         "attribute": lambda: main(["attribute", *model, *rows, *out]),
         "patch apply": lambda: main(patch),
     }
+
+
+def kills(operations: int) -> Iterator[int]:
+    """The operations to be killed at: all by night; else of many every third, and the last, which place the result."""
+    stride = 1 if operations < FEW or settings.get_current_profile_name() == "nightly" else 3
+    return (number for number in range(1, operations + 1) if number % stride == 0 or number > operations - 20)
 
 
 def timeless(folder: Path) -> dict[str, str]:
@@ -95,7 +106,8 @@ def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behin
     status, operations = child(work, place)
     assert status == 0 and operations >= 10
     expected = timeless(place)
-    for number in range(1, operations + 1):
+    killed = 0
+    for killed, number in enumerate(kills(operations), 1):
         emptied(place)
         assert child(work, place, number)[0] == KILLED, number
         complete = (place / "out").exists()
@@ -105,7 +117,7 @@ def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behin
     assert content(originals) == before
     if name == "unlearn":
         AutoModelForCausalLM.from_pretrained(place / "out")
-    record_property("kills", operations)
+    record_property("kills", killed)
 
 
 def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
@@ -119,8 +131,8 @@ def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
     assert status == 0 and operations >= 10
     new = timeless(place)
     assert old != new
-    kept = 0
-    for number in range(1, operations + 1):
+    killed = kept = 0
+    for killed, number in enumerate(kills(operations), 1):
         emptied(place)
         shutil.copytree(place.with_name("old"), place, dirs_exist_ok=True)
         assert child(call["unlearn --force"], place, number)[0] == KILLED, number
@@ -133,7 +145,7 @@ def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
         assert timeless(place) == new, number
     # A refused call leaves the run alone that is on its way to another result.
     assert kept >= 10
-    record_property("kills", operations)
+    record_property("kills", killed)
 
 
 def emptied(place: Path) -> None:
