@@ -165,12 +165,18 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 def kind_of(path: str | Path) -> str | None:
     """Return the kind of a file that `save_tensors` wrote; None of any other file."""
+    header = header_of(path)
+    return None if header is None or "kind" not in header else str(header["kind"])
+
+
+def header_of(path: str | Path) -> dict[str, object] | None:
+    """Return the unchecked header of a file that `save_tensors` wrote, without its tensors; None of any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("torch_simu", "null"))
     except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError):
         return None
-    return str(header["kind"]) if isinstance(header, dict) and "kind" in header else None
+    return header if isinstance(header, dict) else None
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -52,15 +52,23 @@ def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what `temporary_beside` made for `path` in a process that is gone: one that lives holds a lock on it."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.\w+{re.escape(_SUFFIX)}")
+    for found in temporaries_of(path):
+        descriptor = _opened(found)
+        if _lock(descriptor):
+            _remove(found)
+        _close(descriptor)
+
+
+def temporaries_of(path: Path, ending: str = "") -> list[Path]:
+    """Return what lies beside `path` under a name that `temporary_beside` gave, with an ending behind it.
+
+    What was made for another path is never among it, whatever that is called.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\w+{re.escape(_SUFFIX + ending)}")
     # A folder that cannot be listed is refused by what comes next.
     with contextlib.suppress(OSError):
-        for found in list(path.parent.iterdir()):
-            if pattern.fullmatch(found.name) and not found.is_symlink():
-                descriptor = _opened(found)
-                if _lock(descriptor):
-                    _remove(found)
-                _close(descriptor)
+        return [each for each in path.parent.iterdir() if pattern.fullmatch(each.name) and not each.is_symlink()]
+    return []
 
 
 def _opened(path: Path) -> int | None:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 from tests.faults.killing import KILLED, child, content
 from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import NeuronPatch, NeuronSelection
+from torch_simu.cli import jobs
 from torch_simu.cli.app import main
 
-TIMES = ("report.json", "report.md", "forgetting.png", "attribution.png")
-"""Files that hold wall times, or are drawn."""
+FEW = 40
 
 Work = Callable[[], object]
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are written without being drawn: a command is called hundreds of times."""
+    monkeypatch.setattr(jobs, "plot_curves", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
+    monkeypatch.setattr(jobs, "plot_attribution", lambda *arguments: arguments[1].write_bytes(b"plot"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +48,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         each.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     NeuronPatch.between(model, changed, selection).save(folder / "patch.safetensors")
-    for name, rows in (("forget", ROWS[:1]), ("retain", ROWS[1:])):
+    for name, rows in (("forget", ROWS[:1]), ("retain", ROWS[2:3])):
         lines = (json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    # Imports what a command needs when it runs, once and not in every child.
+    with suppress(SystemExit):
+        works(folder, folder)["unlearn"]()
+    shutil.rmtree(folder / "out")
     return folder
 
 
@@ -50,60 +64,91 @@ def works(originals: Path, place: Path) -> dict[str, Work]:
     model, rows = ["--model", str(originals / "model")], ["--forget", str(originals / "forget.jsonl")]
     retain = ["--retain", str(originals / "retain.jsonl")]
     quick = ["--max-steps", "2", "--forget-target", "0", "--fraction", "0.25"]
+    short = [*quick, "--max-steps", "1"]
     patch = ["patch", "apply", str(originals / "patch.safetensors"), str(originals / "model"), str(place / "out")]
     return {
         "unlearn": lambda: main(["unlearn", *model, *rows, *retain, *out, *quick]),
         "unlearn --force": lambda: main(["unlearn", *model, *rows, *retain, *out, *quick, "--force"]),
+        "unlearn --max-steps 1": lambda: main(["unlearn", *model, *rows, *retain, *out, *short]),
         "attribute": lambda: main(["attribute", *model, *rows, *out]),
         "patch apply": lambda: main(patch),
     }
 
 
-def kills(work: Work, place: Path, prepare: Work) -> Iterator[int]:
-    """Kill the work before its first operation on files, its second, and so on, until it is not killed any more."""
-    number = 1
-    while True:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        prepare()
-        status, _ = child(work, place, number)
-        if status != KILLED:
-            assert status == 0
-            return
-        yield number
-        number += 1
+def kills(operations: int) -> Iterator[int]:
+    """The operations to be killed at: all by night; else of many every third, and the last, which place the result."""
+    stride = 1 if operations < FEW or settings.get_current_profile_name() == "nightly" else 3
+    return (number for number in range(1, operations + 1) if number % stride == 0 or number > operations - 20)
 
 
-@pytest.mark.parametrize("name", ["patch apply"])
+def timeless(folder: Path) -> dict[str, str]:
+    """Every file and folder below a folder, and what the files hold but wall times, which only reports hold."""
+    found = content(folder)
+    for path in folder.rglob("report.*"):
+        pattern = r'(?<="seconds": )[\d.]+' if path.suffix == ".json" else r"[\d.]+ (?=\|$)"
+        found[str(path.relative_to(folder))] = re.sub(pattern, "", path.read_text(), flags=re.MULTILINE)
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where a command works."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+@pytest.mark.parametrize("name", ["unlearn", "attribute", "patch apply"])
 def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behind(
-    name: str, originals: Path, tmp_path: Path
+    name: str, originals: Path, place: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    place = tmp_path / "place"
     work = works(originals, place)[name]
     before = content(originals)
-    place.mkdir()
-    first = works(originals, place)["unlearn"]
-    assert child(work, place)[0] == 0
-    expected = content(place)
-    forced = name.endswith("--force")
-    count = 0
-    for number in kills(work, place, (lambda: child(first, place)) if forced else (lambda: None)):
-        count = number
-        if forced:
-            # The old result or the new one is there at every moment, under its name or beside it.
-            assert any((each / "model.safetensors").is_file() for each in place.iterdir()), f"after kill {number}"
-        status = child(work, place)[0]
-        if status != 0 and not forced:
-            # Killed behind the last step: the result is complete, and is not overwritten.
-            assert {key for key in expected if key.startswith("out")} == set(content(place)), f"after kill {number}"
-            continue
-        assert status == 0, f"after kill {number}"
-        found = content(place)
-        assert found.keys() == expected.keys(), f"after kill {number}"
-        assert {key: found[key] for key in found if Path(key).name not in TIMES} == {
-            key: expected[key] for key in expected if Path(key).name not in TIMES
-        }, f"after kill {number}"
-    assert count >= 5
+    status, operations = child(work, place)
+    assert status == 0 and operations >= 10
+    expected = timeless(place)
+    killed = 0
+    for killed, number in enumerate(kills(operations), 1):
+        emptied(place)
+        assert child(work, place, number)[0] == KILLED, number
+        complete = (place / "out").exists()
+        # A result that was complete is not overwritten: the call is refused, and clears away all the same.
+        assert (child(work, place)[0] == 0) is not complete, number
+        assert timeless(place) == expected, number
     assert content(originals) == before
-    if name.startswith("unlearn"):
+    if name == "unlearn":
         AutoModelForCausalLM.from_pretrained(place / "out")
+    record_property("kills", killed)
+
+
+def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
+    originals: Path, place: Path, record_property: Callable[[str, object], None]
+) -> None:
+    call = works(originals, place)
+    assert child(call["unlearn --max-steps 1"], place)[0] == 0
+    old = timeless(place)
+    shutil.copytree(place, place.with_name("old"))
+    status, operations = child(call["unlearn --force"], place)
+    assert status == 0 and operations >= 10
+    new = timeless(place)
+    assert old != new
+    killed = kept = 0
+    for killed, number in enumerate(kills(operations), 1):
+        emptied(place)
+        shutil.copytree(place.with_name("old"), place, dirs_exist_ok=True)
+        assert child(call["unlearn --force"], place, number)[0] == KILLED, number
+        assert child(call["unlearn"], place)[0] == 1, number
+        found = timeless(place)
+        run = {key for key in found if key.startswith("out.run")}
+        kept += bool(run)
+        assert {key: found[key] for key in found.keys() - run} in ((old, new) if not run else (old,)), number
+        assert child(call["unlearn --force"], place)[0] == 0, number
+        assert timeless(place) == new, number
+    # A refused call leaves the run alone that is on its way to another result.
+    assert kept >= 10
+    record_property("kills", killed)
+
+
+def emptied(place: Path) -> None:
+    """Remove all that is in a folder."""
+    shutil.rmtree(place)
+    place.mkdir()

@@ -21,6 +21,7 @@ from torch_simu._checks import problem
 from torch_simu.cli.commands import attribute, demo, evaluate, unlearn
 from torch_simu.cli.console import plain, quiet_casts, say
 from torch_simu.cli.help import examples, show_help
+from torch_simu.cli.interrupts import Interrupt, how_to_go_on, interruptible
 from torch_simu.cli.patch import app as patch_app
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
@@ -104,11 +105,14 @@ app = _application()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error is one line on standard error and exit status 2.
 
-    With `TORCH_SIMU_DEBUG=1` in the environment its traceback stands before the line.
+    With `TORCH_SIMU_DEBUG=1` in the environment its traceback stands before the line. Ctrl-C and SIGTERM get one that
+    says how to go on, and exit status 130 and 143.
     """
     try:
-        with quiet_casts():
+        with interruptible(), quiet_casts():
             status = app(arguments, standalone_mode=False)
+    except Interrupt as interrupt:
+        _fail(how_to_go_on(interrupt), status=interrupt.status)
     except _UsageError as error:
         _fail(cast("typer.BadParameter", error).format_message(), error=error)
     except (typer.Abort, KeyboardInterrupt):

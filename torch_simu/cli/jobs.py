@@ -23,7 +23,7 @@ from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
 from torch_simu.unlearning.metrics.suites import SUITES, Figures
 from torch_simu.unlearning.progress import Progress, renamed
-from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
+from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import MethodResult, Report, bargain, write_json, write_log
 
@@ -82,14 +82,13 @@ def unlearn_job(
         wrong = f"Method {config.method!r} trains whole weights, and load_in is {loading.load_in!r}"
         raise ValueError(problem(wrong, "a method that trains neurons", "Or leave the model unquantized."))
     rows = _rows(sets)
-    with locked(out):
+    with locked(out, resumable=True) as checkpoint:
         net, tokenizer = loading.load(model, float_attention=config.attention == "full")
         check_saves(net)
         _show_first(rows, tokenizer, measuring.max_length, show)
         examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
         before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress), 0.0, 0, 0.0, 0)
         kept = {name: part for name, part in examples.items() if name != "forget"}
-        checkpoint = out.with_name(out.name + ".run")
         done = unlearn(
             net,
             examples["forget"],
@@ -122,7 +121,7 @@ def unlearn_job(
             ],
             reached=done.reached,
         )
-        with whole_folder(out, force=force) as folder:
+        with whole_folder(out, force=force, run=checkpoint) as folder:
             save_model(net, tokenizer, folder)
             plots = ["forgetting.png"]
             start = {name: before.sets[name]["em"] for name in kept}
@@ -138,7 +137,6 @@ def unlearn_job(
                 plots.append("attribution.png")
             write_log(folder / "steps.jsonl", done.log)
             report.save(folder, plots)
-        remove_folder(checkpoint, out)
     return report
 
 

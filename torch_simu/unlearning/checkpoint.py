@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_simu._checks import problem
-from torch_simu._files import load_tensors, replacing, save_tensors
+from torch_simu._files import header_of, load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
 from torch_simu._temporary import remove_leftovers
 from torch_simu.attribution import Attribution
@@ -22,6 +23,7 @@ from torch_simu.unlearning.adversary import Adversary
 
 _KIND = "UnlearningRun"
 _FILE = "run.safetensors"
+_SELECTION = "selection.safetensors"
 _MARK = "fingerprint.txt"
 _COUNTERS = (bool, int, float)
 
@@ -38,6 +40,15 @@ def fingerprint(configuration: Mapping[str, object], tensors: Iterable[Tensor]) 
     """
     start = json.dumps(configuration, sort_keys=True)
     return sha256_of_all((("", tensor) for tensor in tensors), start)
+
+
+def saved_steps(folder: Path) -> int | None:
+    """Return how many steps of a run are saved in a folder; 0: the neurons are chosen; None: nothing to go on from."""
+    # What is damaged is said when it is read.
+    with suppress(KeyError, TypeError, ValueError):
+        if (header := header_of(folder / _FILE)) is not None:
+            return len(_log(header))
+    return 0 if (folder / _SELECTION).exists() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,11 @@ class RunCheckpoint:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / _MARK
         remove_leftovers(mark)
-        if not mark.exists() and any(folder.iterdir()):
+        held = [path for path in folder.iterdir() if path != mark]
+        if not mark.exists() and held:
             raise ValueError(problem(f"Folder {str(folder)!r} is not empty and holds no run", "an empty folder"))
-        if mark.exists() and mark.read_text().strip() != fingerprint:
+        # A run that was stopped before it saved anything is in nobody's way.
+        if held and mark.read_text().strip() != fingerprint:
             wrong = f"Checkpoint {str(folder)!r} belongs to another run"
             raise ValueError(
                 problem(wrong, "the same model, data, objective and configuration", "Remove it to start anew.")
@@ -83,13 +96,13 @@ class RunCheckpoint:
         """Write the result of the first step."""
         attribution.save(self.folder / "attribution.safetensors")
         # The selection comes last: where it is, the first step is complete.
-        selection.save(self.folder / "selection.safetensors")
+        selection.save(self.folder / _SELECTION)
 
     def localized(self) -> tuple[NeuronSelection, Attribution] | None:
         """Read the result of the first step; None before it is complete."""
-        if not (self.folder / "selection.safetensors").exists():
+        if not (self.folder / _SELECTION).exists():
             return None
-        selection = NeuronSelection.load(self.folder / "selection.safetensors")
+        selection = NeuronSelection.load(self.folder / _SELECTION)
         return selection, Attribution.load(self.folder / "attribution.safetensors")
 
     def save(
@@ -107,7 +120,8 @@ class RunCheckpoint:
         if adversary is not None:
             tensors |= {f"adversary/{name}": tensor for name, tensor in adversary.state().items()}
         counters = [{k: v for k, v in group.items() if isinstance(v, _COUNTERS)} for group in state["param_groups"]]
-        save_tensors(self.folder / _FILE, _KIND, tensors, {"counters": counters, "log": log})
+        # As text, because a header is written with its keys sorted: a resumed log would be written in another order.
+        save_tensors(self.folder / _FILE, _KIND, tensors, {"counters": counters, "log": json.dumps(log)})
 
     def load(
         self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, adversary: Adversary | None = None
@@ -134,8 +148,12 @@ class RunCheckpoint:
             for name, param in params.items():
                 param.copy_(tensors[f"weight/{name}"])
         if adversary is not None:
-            prefix = "adversary/"
-            adversary.load(
-                {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-            )
-        return cast("list[Record]", header["log"])
+            own = {name: tensor for name, tensor in tensors.items() if name.startswith("adversary/")}
+            adversary.load({name.removeprefix("adversary/"): tensor for name, tensor in own.items()})
+        return _log(header)
+
+
+def _log(header: Mapping[str, object]) -> list[Record]:
+    log = header["log"]
+    # Earlier versions wrote it as it is.
+    return cast("list[Record]", json.loads(log) if isinstance(log, str) else log)

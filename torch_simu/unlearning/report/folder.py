@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_simu._checks import problem
-from torch_simu._temporary import remove_leftovers, temporary_beside
+from torch_simu._temporary import remove_leftovers, temporaries_of, temporary_beside
+from torch_simu.unlearning.report.runs import finish_run, how_to_go_on, is_finished, run_beside
 
 try:
     import fcntl
@@ -25,6 +24,8 @@ _OLD = ".old"
 def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Raise before the work begins when its result could not be written, or would replace something of the user's.
 
+    What a killed process left beside the result is cleared away first, or put back: it decides what is there.
+
     Args:
         folder: Where the result goes.
         force: Replace what is there, if this package wrote it.
@@ -37,6 +38,10 @@ def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = 
     """
     if folder.is_file():
         raise NotADirectoryError(problem(f"{str(folder)!r} is a file", "a folder"))
+    if folder.absolute().name and folder.absolute().parent.is_dir():
+        # Where another process is at it, or nothing can be written, the next lines or the work itself say so.
+        with suppress(OSError), locked(folder):
+            pass
     place = folder.resolve()
     for each in inputs:
         path = Path(each).resolve()
@@ -83,10 +88,18 @@ def check_new_file(path: Path, *, force: bool, inputs: Iterable[str | Path] = ()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, resumable: bool = False) -> Iterator[Path]:
     """Keep other processes off a result while it is made, and clear away what a killed one left beside it.
 
-    A result that a killed process had set aside, to put a new one in its place, is put back.
+    A result that a killed process had set aside, to put a new one in its place, is put back. What interrupts the block
+    (a signal, no error) gets a note that says how to go on.
+
+    Args:
+        folder: Where the result goes.
+        resumable: Whether the work goes on from the folder of its run.
+
+    Yields:
+        The folder of the run beside the result.
 
     Raises:
         BlockingIOError: If another process is at it.
@@ -107,7 +120,15 @@ def locked(folder: Path) -> Iterator[None]:
             raise BlockingIOError(problem(wrong, "one at a time", "Wait for it, or give another --out.")) from None
         try:
             _clear(folder)
-            yield
+            before = _identity(folder)
+            try:
+                yield run_beside(folder)
+            except BaseException as stop:
+                if not isinstance(stop, Exception):
+                    complete = _identity(folder) not in (before, None)
+                    run = run_beside(folder) if resumable else None
+                    stop.add_note(f"The result is complete: {folder}" if complete else how_to_go_on(run))
+                raise
         finally:
             path.unlink(missing_ok=True)
             for each in made:
@@ -117,12 +138,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+def whole_folder(folder: Path, *, force: bool = False, run: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
 
     Args:
         folder: Where the result goes; parents are made.
         force: Replace what is there. The old folder stays until the new one is complete.
+        run: The folder of the run that makes the result; it goes when the result stands.
 
     Raises:
         FileExistsError: If `folder` exists, is not empty, and `force` is not given.
@@ -138,6 +160,8 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         yield temporary
+        if run is not None:
+            finish_run(run, temporary)
         try:
             if folder.exists():
                 folder.rename(old)
@@ -146,7 +170,11 @@ def whole_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            # Half removed under its own name, it could be taken for a result to put back.
+            old.rename(temporary)
+    if run is not None:
+        remove_folder(run, folder)
 
 
 def remove_folder(folder: Path, result: Path) -> None:
@@ -157,12 +185,22 @@ def remove_folder(folder: Path, result: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what killed processes left beside a result; what they had set aside comes back first."""
-    for old in list(folder.parent.glob(f".{glob.escape(folder.name)}.*{_OLD}")):
+    remove_leftovers(folder)
+    for old in temporaries_of(folder, _OLD):
         if folder.exists():
-            shutil.rmtree(old)
+            remove_folder(old, folder)
         else:
             old.rename(folder)
-    remove_leftovers(folder)
+    if is_finished(run_beside(folder), folder):
+        remove_folder(run_beside(folder), folder)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that took its place; None where there is none."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _is_ours(folder: Path) -> bool:

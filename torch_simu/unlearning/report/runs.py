@@ -1,0 +1,49 @@
+"""Runs: the folder OUT.run beside a result OUT, from which a killed run goes on, and which goes when the result stands."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch_simu._files import replacing
+from torch_simu.unlearning.checkpoint import saved_steps
+
+_FINISHED = "result.txt"
+_REPORT = "report.json"
+
+
+def run_beside(result: Path) -> Path:
+    """Return the folder of the run that makes a result.
+
+    Examples:
+        >>> run_beside(Path("results/OUT")).name
+        'OUT.run'
+    """
+    return result.with_name(f"{result.name}.run")
+
+
+def finish_run(run: Path, result: Path) -> None:
+    """Note beside a run which result it came to, before that takes its place."""
+    with replacing(run / _FINISHED) as temporary:
+        temporary.write_text(_named(result))
+
+
+def is_finished(run: Path, result: Path) -> bool:
+    """Say whether a run came to the result that stands: another one may be on its way to replace it."""
+    try:
+        return (run / _FINISHED).read_text() == _named(result)
+    except OSError:
+        return False
+
+
+def how_to_go_on(run: Path | None) -> str:
+    """Say in a sentence where a command goes on that was interrupted; one without a run begins again."""
+    steps = None if run is None else saved_steps(run)
+    if steps is None:
+        return "Call the same command again; it starts anew."
+    return f"Call the same command again to go on after {f'step {steps}' if steps else 'the attribution'}."
+
+
+def _named(result: Path) -> str:
+    # Reports hold wall times: no two runs write the same one.
+    return hashlib.sha256((result / _REPORT).read_bytes()).hexdigest()
