@@ -37,12 +37,14 @@ FLOORS = {
 """A file or folder of the package -> the floor it is on."""
 
 APPLICATION_FLOORS = {
+    "adversary": 0,
     "checkpoint": 1,
     "data": 1,
     "identity": 1,
     "objectives": 1,
     "progress": 0,
     "config": 2,
+    "differentiate": 2,
     "metrics": 2,
     "refresh": 2,
     "report": 2,
