@@ -44,6 +44,8 @@ def stopped(place: Path, words: list[str], at: str, number: signal.Signals) -> t
     ) as process:
         while not (place / at).exists() and process.poll() is None:
             time.sleep(0.02)
+        # The file appears a moment before the work behind it begins.
+        time.sleep(0.2)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors.splitlines()
