@@ -37,6 +37,7 @@ FLOORS = {
 """A file or folder of the package -> the floor it is on."""
 
 APPLICATION_FLOORS = {
+    "attack": 3,
     "checkpoint": 1,
     "data": 1,
     "identity": 1,
