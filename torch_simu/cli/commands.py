@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -19,9 +19,9 @@ from torch_simu.unlearning.report.folder import check_writable, locked, whole_fo
 from torch_simu.unlearning.report.plots import check_plots
 
 _RUN = UnlearnConfig()
+_PUBLISHED = UnlearnConfig(method="simu_graddiff")
 # The defaults of a run stand there, once.
 
-_BETAS = options.Decays(*_RUN.betas)
 _TARGET = cast("float", _RUN.forget_target)
 
 _NOT_REACHED = 3
@@ -51,16 +51,22 @@ def unlearn(
     out: options.Out,
     world: options.World = None,
     method: options.Method = _RUN.method,
-    objective: options.Objective = _RUN.objective,
-    lr: options.Lr = _RUN.lr,
-    betas: options.Betas = _BETAS,
+    objective: options.Objective = None,
+    lr: options.Lr = None,
+    betas: options.Betas = None,
     rho: options.Rho = _RUN.rho,
     clip: options.Clip = _RUN.clip,
     weight_decay: options.WeightDecay = _RUN.weight_decay,
-    hessian_interval: options.HessianInterval = _RUN.hessian_interval,
+    hessian_interval: options.HessianInterval = None,
+    curvature: options.Curvature = None,
+    damping: options.Damping = _RUN.damping,
     retain_weight: options.RetainWeight = _RUN.retain_weight,
+    retain_term: options.RetainTerm = _RUN.retain_term,
+    balance: options.Balance = None,
+    adversary_lr: options.AdversaryLr = None,
+    adversary_interval: options.AdversaryInterval = _RUN.adversary_interval,
     rule: options.Rule = _RUN.rule,
-    fraction: options.Fraction = _RUN.fraction,
+    fraction: options.OwnFraction = None,
     threshold: options.Threshold = _RUN.threshold,
     scope: options.Scope = _RUN.scope,
     attention: options.Attention = _RUN.attention,
@@ -81,18 +87,27 @@ def unlearn(
     force: options.Force = False,
 ) -> None:
     """Make a model forget: attribute, select, unlearn, evaluate, save. A killed run goes on when called again."""
+    own = {
+        "objective": objective,
+        "balance": balance,
+        "curvature": curvature,
+        "fraction": fraction,
+        "lr": lr,
+        "betas": None if betas is None else tuple(betas),
+        "hessian_interval": hessian_interval,
+    }
     config = UnlearnConfig(
         method=cast("MethodName", method),
-        objective=objective,
-        lr=lr,
-        betas=betas,
+        **cast("dict[str, Any]", own),
         rho=rho,
         clip=clip,
         weight_decay=weight_decay,
-        hessian_interval=hessian_interval,
         retain_weight=retain_weight,
         rule=cast("Rule", rule),
-        fraction=fraction,
+        damping=damping,
+        retain_term=cast("Literal['nll', 'kl']", retain_term),
+        adversary_lr=adversary_lr,
+        adversary_interval=adversary_interval,
         threshold=threshold,
         scope=cast("Literal['layer', 'global']", scope),
         attention=cast("Literal['frozen', 'full']", attention),
@@ -175,7 +190,7 @@ def attribute(
     out: options.Out,
     retain: options.Contrast = None,
     rule: options.Rule = "top",
-    fraction: options.Fraction = _RUN.fraction,
+    fraction: options.Fraction = _PUBLISHED.fraction,
     threshold: options.Threshold = _RUN.threshold,
     scope: options.Scope = _RUN.scope,
     steps: options.PathSteps = _RUN.attribution_steps,

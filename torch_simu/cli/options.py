@@ -55,7 +55,22 @@ OutFile = Annotated[Path | None, typer.Option(help="File for the numbers, as JSO
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]
 
 Method = Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")]
-Objective = Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")]
+Objective = Annotated[str | None, typer.Option(help=f"One of {', '.join(OBJECTIVES)}; the method's own.")]
+RetainTerm = Annotated[str, typer.Option(help="What keeps the retain rows: nll, or kl to the model as it was.")]
+Balance = Annotated[
+    bool | None, typer.Option(help="Bring the forget gradient to the norm of the retain gradient; the method's own.")
+]
+Curvature = Annotated[
+    str | None,
+    typer.Option(
+        help="gnb (a diagonal on retain rows), or covariances on forget rows: neurons, both; the method's own."
+    ),
+]
+Damping = Annotated[float, typer.Option(help="Share of its mean that is added to the diagonal of a covariance.")]
+AdversaryLr = Annotated[
+    float | None, typer.Option(help="Forget at a copy that relearns at this rate; slower, and lasts longer.")
+]
+AdversaryInterval = Annotated[int, typer.Option(help="Steps after which that copy starts anew.")]
 RetainWeight = Annotated[float, typer.Option(help="Weight of the retain loss.")]
 ForgetTarget = Annotated[float, typer.Option(help="Stop at this mean forget probability.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps at most.")]
@@ -63,6 +78,7 @@ CheckpointInterval = Annotated[int, typer.Option(help="Steps between two checkpo
 
 Rule = Annotated[str, typer.Option(help=f"Choice of neurons: {', '.join(RULES)}; contrast needs retain rows.")]
 Fraction = Annotated[float, typer.Option(help="Share of neurons to select.")]
+OwnFraction = Annotated[float | None, typer.Option(help="Share of neurons to train; the method's own.")]
 Threshold = Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")]
 Scope = Annotated[str, typer.Option(help="Where neurons compete: in their layer, or in all layers together (global).")]
 Attention = Annotated[str, typer.Option(help="Attention projections: frozen or full (the paper's form).")]
@@ -73,14 +89,24 @@ Incompleteness = Annotated[
     float | None, typer.Option(help="Refuse scores that miss a larger share of the change that they explain.")
 ]
 
-Lr = Annotated[float, typer.Option(help="Step size: the largest change of one weight per step, at --clip 1.")]
+Lr = Annotated[
+    float | None,
+    typer.Option(
+        help="Step size: the largest change of one weight, or of a layer as a share of its norm; the method's own."
+    ),
+]
 Betas = Annotated[
-    Decays, typer.Option(parser=read_decays, metavar="<float>,<float>", help="Decay of momentum and curvature.")
+    Decays | None,
+    typer.Option(
+        parser=read_decays, metavar="<float>,<float>", help="Decay of momentum and curvature; the method's own."
+    ),
 ]
 Rho = Annotated[float, typer.Option(help="Curvature scale: larger clips less.")]
 Clip = Annotated[float, typer.Option(help="Bound of the ratio of momentum and curvature.")]
 WeightDecay = Annotated[float, typer.Option(help="Decoupled decay of the trained weights.")]
-HessianInterval = Annotated[int, typer.Option(help="Steps between two refreshes of the curvature.")]
+HessianInterval = Annotated[
+    int | None, typer.Option(help="Steps between two refreshes of the curvature; the method's own.")
+]
 
 BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut prompts so that a row has at most this many tokens.")]
