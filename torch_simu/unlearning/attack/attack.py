@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def _told(progress: Progress | None, stage: str, total: int) -> Callable[[int], 
     return lambda done: None if progress is None else progress(stage, done, total)
 
 
-def relearning(results: dict[str, AttackResult], *, reference: float | None = None) -> str:
+def relearning(results: Mapping[str, AttackResult], *, reference: float | None = None) -> str:
     """Say in a sentence what relearning brings back; nothing where that attack was not made.
 
     Args:
@@ -113,7 +113,7 @@ def relearning(results: dict[str, AttackResult], *, reference: float | None = No
     Examples:
         >>> found = AttackResult(AttackPoint(0.05, 0.0), (AttackPoint(0.6, 0.5, 1e-4, 5),), 14, 7)
         >>> relearning({"relearn": found}, reference=0.02)
-        'Relearning 7 rows brings the other 14 back to a probability of 0.600 (before: 0.050; reference: 0.020).'
+        'Relearning 7 rows brings the other 14 back to a probability of 0.600 (without: 0.050; reference: 0.020).'
     """
     found = results.get("relearn")
     if found is None or found.skipped:
@@ -121,5 +121,5 @@ def relearning(results: dict[str, AttackResult], *, reference: float | None = No
     beside = "" if reference is None else f"; reference: {reference:.3f}"
     return (
         f"Relearning {found.num_taught} row{'' if found.num_taught == 1 else 's'} brings the other {found.num_scored} "
-        f"back to a probability of {found.probability:.3f} (before: {found.before.probability:.3f}{beside})."
+        f"back to a probability of {found.probability:.3f} (without: {found.before.probability:.3f}{beside})."
     )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 from torch_simu._checks import check_count, problem
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning.data.examples import Example
 
+_Row = TypeVar("_Row", bound=Hashable)
 
-def split_rows(forget: Sequence[Example], *, every: int = 3) -> tuple[list[Example], list[Example]]:
+
+def split_rows(forget: Sequence[_Row], *, every: int = 3) -> tuple[list[_Row], list[_Row]]:
     """Part the forget set into the attacker's rows and the scored ones; no row is in both, whatever its place.
 
     Args:
-        forget: Encoded rows. One that is there again counts once.
+        forget: The rows, encoded or not. One that is there again counts once.
         every: Of so many rows in their order the first is the attacker's.
 
     Returns:

@@ -24,6 +24,9 @@ MEASURES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """Measure of every set of a report -> title of its column, and what it is."""
 
+RELEARN = "relearn"
+"""The attack that has a column of its own, "back": what comes back of some forget rows when others are learned."""
+
 _PACKAGES = ("torch-simu", "torch", "transformers")
 
 
