@@ -133,7 +133,7 @@ def test_unlearn_attacks_before_and_after_and_writes_it_into_both_reports(files,
     ],
 )
 def test_what_is_wrong_gets_one_line_before_a_model_is_loaded(
-    files,
+    files,  # noqa: F811
     words,
     message,
     capsys,
@@ -150,7 +150,7 @@ def test_what_is_wrong_gets_one_line_before_a_model_is_loaded(
 @pytest.mark.parametrize("command", [("attack",), ("evaluate", "--attack"), ("unlearn", "--attack", "--out", "o")])
 def test_one_row_is_no_set_to_attack_and_is_said_before_a_model_is_loaded(
     command,
-    files,
+    files,  # noqa: F811
     tmp_path,
     capsys,
     monkeypatch,

@@ -109,9 +109,10 @@ def unlearn_job(
         if save_as == "float":
             # Before it is measured: the figures are those of what is written.
             decode_model(net)
+        measures = measuring.measures(net, tokenizer, rows, "evaluate after", progress)
         found = attacks.on(net, "after")
         after = MethodResult(
-            measuring.measures(net, tokenizer, rows, "evaluate after", progress),
+            measures,
             done.changed_share,
             done.optimizer_bytes,
             done.seconds,

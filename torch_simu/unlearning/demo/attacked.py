@@ -42,6 +42,14 @@ def relearned(
     return {name: result.worst for name, result in found.items() if not result.skipped}
 
 
+def back_note(config: AttackConfig) -> str:
+    """Say in a sentence what the column "back" is."""
+    return (
+        f"`back`: the largest probability of the other forget answers after one in {config.attacker_every} was taught "
+        "again. `retrained` is the floor; a small figure is no guarantee against stronger attacks."
+    )
+
+
 def plot_brought_back(methods: Mapping[str, MethodResult], path: Path) -> list[str]:
     """Draw what each method keeps of the world facts against what relearning brings back, where that was measured.
 

@@ -22,7 +22,7 @@ from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.data.examples import Example, encode
 from torch_simu.unlearning.data.rows import Row, rows_from_records
 from torch_simu.unlearning.data.tokenizer import pad_id
-from torch_simu.unlearning.demo.attacked import SHORT_ATTACK, plot_brought_back, relearned
+from torch_simu.unlearning.demo.attacked import SHORT_ATTACK, back_note, plot_brought_back, relearned
 from torch_simu.unlearning.demo.fiction import make_corpus, make_tokenizer
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import Unlearned, unlearn
@@ -284,6 +284,8 @@ def _notes(recipe: DemoRecipe, logs: Mapping[str, Sequence[Record]]) -> list[str
         f"{target}; `retrained` never saw them. World facts are in no batch.",
         "`random_neurons`, `all_neurons` and `attention_only` are controls: they say what choosing neurons is worth.",
     ]
+    if recipe.attack is not None:
+        notes.append(back_note(recipe.attack))
     if missed and target is not None:
         notes.append(f"Not reached within {recipe.unlearning.max_steps} steps by: {', '.join(missed)}.")
     return notes
