@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.progress import Progress
 
-_ROUNDINGS = {"round_8bit": rounded_to_8_bits, "round_4bit": rounded_to_4_bits}
+_ROUNDINGS = MappingProxyType({"round_8bit": rounded_to_8_bits, "round_4bit": rounded_to_4_bits})
 _CODES = "its weights are codes already"
 _DIVERGED = "the gradient is not finite at any rate before the first measurement"
 _NO_ROOM = "no row fits before another one"
