@@ -6,10 +6,16 @@ OUT ?= simu-demo
 PYTEST_ARGS ?= -n auto
 # What says that PYTEST_ARGS asks for some of the tests; the coverage that is asked of all is not asked of them.
 SOME_TESTS := $(filter tests% ./tests% torch_simu% ./torch_simu% /% -k% -m% --lf --last-failed,$(PYTEST_ARGS))
+# What make floors installs and runs. On Linux pip takes a CUDA build of torch, unless PIP_INDEX_URL names an index of CPU
+# builds; FLOOR_TORCH takes another version.
+FLOOR_VENV ?= .venv-floors
+FLOOR_TORCH ?= $(filter torch==%,$(shell cat floors.txt))
+FLOOR_TESTS ?= -n auto -m "not slow and not gpu" tests/ground tests/optimizer tests/deltas tests/hooks tests/attribution \
+	tests/patch tests/cli/test_loading.py tests/unlearning/test_unlearn_quantized.py tests/test_mutants.py
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test some-tests check docs format clean
+.PHONY: demo test some-tests check floors docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -27,6 +33,10 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Warnings of what is old are no errors there.
+floors: $(FLOOR_VENV)/.floors
+	$(FLOOR_VENV)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(FLOOR_TESTS)
+
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
 
@@ -35,7 +45,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) site build *.egg-info .coverage
+	rm -rf $(VENV) $(FLOOR_VENV) site build *.egg-info .coverage
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found; name one with PYTHON=..." >&2; exit 1; }
@@ -49,3 +59,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e ".[dev]"
 	touch $@ $(VENV)/.demo
+
+$(FLOOR_VENV)/.floors: pyproject.toml floors.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(FLOOR_VENV)
+	grep -v "^torch==" floors.txt > $(FLOOR_VENV)/constraints.txt
+	echo "$(FLOOR_TORCH)" >> $(FLOOR_VENV)/constraints.txt
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR_VENV)/constraints.txt \
+		-e ".[all]" pytest pytest-xdist hypothesis
+	touch $@

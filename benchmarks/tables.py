@@ -177,6 +177,14 @@ def planted_masks() -> Iterator[str]:
         yield f"| {' '.join(row['mask'].split('_'))} | {' | '.join(cells)} |"
 
 
+def reliability() -> Iterator[str]:
+    """What was tried against the package, how often, and how often it was withstood."""
+    yield "| what was tried | by | times | withstood |"
+    yield "|---|---|---|---|"
+    for row in loaded("reliability")["rows"]:
+        yield f"| {row['what']} | `{row['file']}` | {row['tried']:,} | {row['withstood']:,} |"
+
+
 def verdicts() -> Iterator[str]:
     """What of each claim its rows bear out, and the figures of the parts that they deny."""
     yield "| result | claim holds | parts that hold | parts that fail: measured, and what the claim needs |"
@@ -208,6 +216,7 @@ TABLES = {
     "planted_masks": planted_masks,
     "robustness": robustness,
     "deltas": deltas,
+    "reliability": reliability,
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 

@@ -37,6 +37,7 @@ FLOORS = {
 """A file or folder of the package -> the floor it is on."""
 
 APPLICATION_FLOORS = {
+    "adversary": 0,
     "attack": 3,
     "checkpoint": 1,
     "data": 1,
@@ -44,6 +45,7 @@ APPLICATION_FLOORS = {
     "objectives": 1,
     "progress": 0,
     "config": 2,
+    "differentiate": 2,
     "metrics": 2,
     "refresh": 2,
     "report": 2,

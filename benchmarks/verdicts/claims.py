@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from benchmarks.verdicts import forgetting, optimizer, planted, speed
+from benchmarks.verdicts import forgetting, optimizer, planted, reliability, speed
 from benchmarks.verdicts.parts import Part, Row, verdict
 
 
@@ -80,6 +80,11 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "and state are those of the selected columns; at 5 % a forward and backward pass over float layers takes "
             "at most 0.9 of one with a masked dense gradient.",
             speed.deltas,
+        ),
+        "reliability": Claim(
+            "Every bad call, command line and row is refused in one line and changes nothing, every damaged file is "
+            "refused, and nothing is lost by a kill before any file operation of unlearn, attribute and patch apply.",
+            reliability.withstood,
         ),
     }
 )

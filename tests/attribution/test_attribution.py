@@ -72,7 +72,12 @@ def test_scores_equal_one_pass_per_prefix_and_path_point(
 def test_every_known_architecture_is_exact_by_the_method_that_auto_takes(name: str, attention: str) -> None:
     if attention == "sdpa" and name in WITHOUT_SDPA:
         pytest.skip("the architecture has no sdpa attention")
-    model, rows = lively(name, attn_implementation=attention), sequences(1)
+    try:
+        model, rows = lively(name, attn_implementation=attention), sequences(1)
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip(f"this version of transformers cannot make the model: {error}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         attribution = loosely(model, [padded_batch(rows, "right")], steps=2)

@@ -7,7 +7,7 @@ from jinja2 import UndefinedError
 from safetensors import SafetensorError
 
 from tests.cli.test_help import UNLEARN, call
-from torch_simu.cli import commands
+from torch_simu.cli.commands import jobs as commands
 
 HINT = "(TORCH_SIMU_DEBUG=1 shows the traceback)"
 

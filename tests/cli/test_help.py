@@ -13,8 +13,8 @@ import typer
 
 import torch_simu
 from tests.cli.test_console_blocks import TARGET_MISSED, made, place  # noqa: F401 (fixtures)
-from torch_simu.cli import commands
 from torch_simu.cli.app import app, main
+from torch_simu.cli.commands import jobs as commands
 from torch_simu.unlearning.config import UnlearnConfig
 
 ROOT = typer.main.get_command(app)

@@ -44,6 +44,8 @@ def stopped(place: Path, words: list[str], at: str, number: signal.Signals) -> t
     ) as process:
         while not (place / at).exists() and process.poll() is None:
             time.sleep(0.02)
+        # The file appears a moment before the work behind it begins.
+        time.sleep(0.2)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     return process.returncode, errors.splitlines()
@@ -102,6 +104,12 @@ def test_before_the_first_step_it_says_what_is_saved(
         interrupting(patched, jobs, "encode")
         found = run([*UNLEARN, "--max-steps", "2"], capsys)
         assert found == (130, ["torch-simu: Interrupted. Call the same command again; it starts anew."])
+    with monkeypatch.context() as patched:
+        patched.setattr("torch_simu.attribution.checkpoint._SECONDS", 0)
+        interrupting(patched, sys.modules["torch_simu.unlearning.localization"], "check_complete")
+        patched.setattr("torch_simu.attribution.checkpoint.Checkpoint.remove", lambda self: None)
+        found = run([*UNLEARN, "--max-steps", "2"], capsys)
+        assert found == (130, ["torch-simu: Interrupted. Call the same command again to go on within the attribution."])
     with monkeypatch.context() as patched:
         interrupting(patched, sys.modules["torch_simu.unlearning.driver"], "make_optimizer")
         found = run([*UNLEARN, "--max-steps", "2"], capsys)

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,10 +75,10 @@ def works(originals: Path, place: Path) -> dict[str, Work]:
     }
 
 
-def kills(operations: int) -> Iterator[int]:
+def kills(operations: int) -> list[int]:
     """The operations to be killed at: all by night; else of many every third, and the last, which place the result."""
     stride = 1 if operations < FEW or settings.get_current_profile_name() == "nightly" else 3
-    return (number for number in range(1, operations + 1) if number % stride == 0 or number > operations - 20)
+    return [number for number in range(1, operations + 1) if number % stride == 0 or number > operations - 20]
 
 
 def timeless(folder: Path) -> dict[str, str]:
@@ -106,8 +106,8 @@ def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behin
     status, operations = child(work, place)
     assert status == 0 and operations >= 10
     expected = timeless(place)
-    killed = 0
-    for killed, number in enumerate(kills(operations), 1):
+    chosen = kills(operations)
+    for number in chosen:
         emptied(place)
         assert child(work, place, number)[0] == KILLED, number
         complete = (place / "out").exists()
@@ -117,7 +117,7 @@ def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behin
     assert content(originals) == before
     if name == "unlearn":
         AutoModelForCausalLM.from_pretrained(place / "out")
-    record_property("kills", killed)
+    record_property("tried", len(chosen))
 
 
 def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
@@ -131,8 +131,8 @@ def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
     assert status == 0 and operations >= 10
     new = timeless(place)
     assert old != new
-    killed = kept = 0
-    for killed, number in enumerate(kills(operations), 1):
+    chosen, kept = kills(operations), 0
+    for number in chosen:
         emptied(place)
         shutil.copytree(place.with_name("old"), place, dirs_exist_ok=True)
         assert child(call["unlearn --force"], place, number)[0] == KILLED, number
@@ -145,7 +145,7 @@ def test_a_result_is_whole_whenever_the_command_that_replaces_it_is_killed(
         assert timeless(place) == new, number
     # A refused call leaves the run alone that is on its way to another result.
     assert kept >= 10
-    record_property("kills", killed)
+    record_property("tried", len(chosen))
 
 
 def emptied(place: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from tests.patch.test_patch import pair
@@ -24,6 +25,8 @@ from torch_simu.patch.reading import opened
 from torch_simu.unlearning.checkpoint import RunCheckpoint
 
 FLIPS = 50
+SEEDS, STRIDE = (range(3), 1) if settings.get_current_profile_name() == "nightly" else (range(1), 16)
+"""Of the drawn changes, and the distance of the bits that are changed one by one."""
 CUTS = range(0, 100, 10)
 
 Read = Callable[[], object]
@@ -131,15 +134,35 @@ def damages(content: bytes, seed: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_of_any_kind_is_refused_in_one_line_that_names_it(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_file_of_any_kind_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, kind: str, record_property: Callable[[str, object], None]
+) -> None:
     path, read = KINDS[kind](tmp_path)
     content = path.read_bytes()
-    for damaged in damages(content, seed=0):
+    found = [damaged for seed in SEEDS for damaged in damages(content, 2 * seed)]
+    for damaged in found:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"^File '{path}' .*, expected [^\n]*$"):
             read()
     path.write_bytes(content)
     read()
+    record_property("tried", len(found))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_any_kind_with_a_single_bit_changed_is_refused(
+    tmp_path: Path, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    path, read = KINDS[kind](tmp_path)
+    content = path.read_bytes()
+    places = range(0, 8 * len(content), STRIDE)
+    for place in places:
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"^File '{path}' .*, expected [^\n]*$"):
+            read()
+    record_property("tried", len(places))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,7 +54,9 @@ def fused(tensors: Tensors) -> Tensors:
         count = len([name for name in tensors if name.startswith(prefix) and name.endswith("w2.weight")])
         w1, w2, w3 = ([tensors[f"{prefix}.{each}.w{key}.weight"] for each in range(count)] for key in (1, 2, 3))
         gate_up = [torch.cat(both) for both in zip(w1, w3, strict=True)]
-        found[f"{prefix}.gate_up_proj"], found[f"{prefix}.down_proj"] = torch.stack(gate_up), torch.stack(w2)
+        # The model's own name of the place, which every version of transformers 5 knows.
+        place = f"model.layers.{layer}.mlp.experts"
+        found[f"{place}.gate_up_proj"], found[f"{place}.down_proj"] = torch.stack(gate_up), torch.stack(w2)
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 
@@ -32,3 +34,12 @@ def test_a_run_of_some_tests_does_not(asked: str) -> None:
     found = would_run(f"PYTEST_ARGS={asked}")
     assert f"pytest {asked}" in found
     assert "--cov" not in found and "mkdocs" not in found
+
+
+def test_the_floors_that_are_tested_are_those_that_are_promised() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    (everything,) = re.findall(r"torch-simu\[(.+)\]", extras["all"][0])
+    promised = [*project["dependencies"], *(each for extra in everything.split(",") for each in extras[extra])]
+    pinned = [line for line in (ROOT / "floors.txt").read_text().splitlines() if not line.startswith("#")]
+    assert sorted(pinned) == sorted(each.replace(">=", "==").partition(",")[0] for each in promised)

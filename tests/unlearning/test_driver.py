@@ -26,6 +26,7 @@ RECIPE = DemoRecipe(
     training=TrainConfig(epochs=60, lr=1e-2, batch_size=12),
 )
 FAST = UnlearnConfig(
+    method="simu_graddiff",
     lr=1e-2,
     max_steps=6,
     forget_batch_size=6,

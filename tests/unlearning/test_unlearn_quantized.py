@@ -22,7 +22,7 @@ from torch_simu.deltas import attached_layers
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_the_command_forgets_through_deltas_and_writes_the_untouched_base(files, tmp_path, kind):  # noqa: F811
     out = tmp_path / "out"
-    quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3]
+    quick = ["--method", "simu_graddiff", "--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3]
     assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == NOT_REACHED
     rows = json.loads((out / "report.json").read_text())["methods"]
     assert rows["simu_graddiff"]["forget"]["probability"] < rows["before"]["forget"]["probability"] - 0.2
@@ -42,7 +42,7 @@ def test_the_command_forgets_through_deltas_and_writes_the_untouched_base(files,
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_a_second_request_forgets_more_and_keeps_what_the_first_one_changed(files, tmp_path, kind, capsys):  # noqa: F811
     first, second = tmp_path / "first", tmp_path / "second"
-    quick = ["--lr", 3e-2, "--max-steps", 4, "--batch-size", 6, "--forget-target", 0.0]
+    quick = ["--method", "simu_graddiff", "--lr", 3e-2, "--max-steps", 4, "--batch-size", 6, "--forget-target", 0.0]
     sets = options(files, "forget", "retain")
     call("unlearn", *sets, "--out", first, "--load-in", kind, "--fraction", 0.1, *quick)
     said = " ".join(capsys.readouterr().out.split())
@@ -64,7 +64,20 @@ def test_a_second_request_forgets_more_and_keeps_what_the_first_one_changed(file
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_a_float_folder_forgets_in_any_loader(files, tmp_path, kind, capsys):  # noqa: F811
     out = tmp_path / "out"
-    quick = ["--lr", 3e-2, "--max-steps", 8, "--batch-size", 6, "--fraction", 0.3, "--save-as", "float"]
+    quick = [
+        "--method",
+        "simu_graddiff",
+        "--lr",
+        3e-2,
+        "--max-steps",
+        8,
+        "--batch-size",
+        6,
+        "--fraction",
+        0.3,
+        "--save-as",
+        "float",
+    ]
     assert call("unlearn", *options(files, "forget", "retain"), "--out", out, "--load-in", kind, *quick) == NOT_REACHED
     assert "still knows" not in " ".join(capsys.readouterr().out.split())
     assert not (out / "deltas.safetensors").exists()
@@ -81,7 +94,20 @@ def test_a_float_folder_forgets_in_any_loader(files, tmp_path, kind, capsys):  #
 
 def test_attention_trains_whole_where_it_keeps_its_weights(files, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    quick = ["--lr", 1e-2, "--max-steps", 2, "--batch-size", 6, "--attention", "full", "--load-in", "8bit"]
+    quick = [
+        "--method",
+        "simu_graddiff",
+        "--lr",
+        1e-2,
+        "--max-steps",
+        2,
+        "--batch-size",
+        6,
+        "--attention",
+        "full",
+        "--load-in",
+        "8bit",
+    ]
     assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) == NOT_REACHED
     base, changed = (load_model(str(folder), load_in=None)[0] for folder in (files / "model", out))
     name = "model.layers.0.self_attn.q_proj"

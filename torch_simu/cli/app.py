@@ -18,12 +18,12 @@ except ImportError as error:
 
 import torch_simu
 from torch_simu._checks import problem
-from torch_simu.cli.attack.command import attack
-from torch_simu.cli.commands import attribute, demo, evaluate, unlearn
+from torch_simu.cli.commands.attack import attack
+from torch_simu.cli.commands.help import examples, show_help
+from torch_simu.cli.commands.jobs import attribute, demo, evaluate, unlearn
+from torch_simu.cli.commands.patch import app as patch_app
 from torch_simu.cli.console import plain, quiet_casts, say
-from torch_simu.cli.help import examples, show_help
 from torch_simu.cli.interrupts import Interrupt, how_to_go_on, interruptible
-from torch_simu.cli.patch import app as patch_app
 
 # The base of all usage errors: typer names only this one of its kind, and brings its own copy of click.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -38,6 +38,8 @@ class _Source:
         for name, pattern in self.pieces:
             fresh.add_tensor(target, name, pattern, stored[name])
         made = fresh.convert(target, model=self.model, config=self.model.config)
+        # With its errors beside it in the first versions of transformers 5.
+        made = made[0] if isinstance(made, tuple) else made
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
@@ -84,18 +86,25 @@ class Checkpoint(Mapping[str, Tensor]):
         for target, source in self._places[name]:
             inner = {self._stored[piece].shape for piece, _ in source.pieces}
             rows = target == name and inner == {shape[1:]} and shape[0] == len(source.pieces)
-            if source.converter is not None and not rows:
+            if source.converter is not None and not rows and not self._is_itself(name, source):
                 wrong = f"Tensor {name!r} is stored in another form ({source.pieces[0][0]!r})"
                 raise ValueError(problem(wrong, "the model's", "Load the model, call patch.apply(model), and save it."))
 
     def write(self, folder: Path, name: str, tensor: Tensor) -> None:
         """Write a tensor over the one of that name in a copy of the checkpoint."""
         for _, source in self._places[name]:
-            values = [tensor] if source.converter is None else list(tensor)
+            values = [tensor] if len(source.pieces) == 1 else list(tensor)
             for (piece, _), value in zip(source.pieces, values, strict=True):
                 with (folder / self._stored[piece].file).open("r+b") as file:
                     file.seek(self._stored[piece].start)
                     file.write(raw_bytes(value))
+
+    def _is_itself(self, name: str, source: _Source) -> bool:
+        """Say whether a tensor is stored as it is: a rule of transformers may only ask for its place in memory."""
+        pieces = [self._stored[piece].tensor() for piece, _ in source.pieces]
+        return (
+            len(pieces) == 1 and pieces[0].shape == self[name].shape and raw_bytes(pieces[0]) == raw_bytes(self[name])
+        )
 
     def _untie(self, tied: Mapping[str, str]) -> None:
         """Count tensors that are one in the model once, under the name that `save_pretrained` keeps."""

@@ -154,6 +154,8 @@ class Stepper:
             wrong = f"The loss of step {number + 1} is {record['loss']}"
             raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
         if self.balance is not None:
+            # First the retain gradient alone: its norm would take what is not finite into every parameter.
+            _check_gradients(model, optimizer, number, lr)
             self.balance.combine_(retain_weight=retain_weight(found))
         _check_gradients(model, optimizer, number, lr)
         if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, remove_folder, whole_folder
 from torch_simu.unlearning.report.report import MethodResult, Report, readable_bytes, write_json
+from torch_simu.unlearning.report.runs import finish_run
 
 
 def test_a_folder_appears_with_all_its_files(tmp_path):
@@ -89,6 +92,36 @@ def test_what_a_killed_process_set_aside_comes_back_and_the_rest_goes(tmp_path, 
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "name").read_text() == ("out" if there else old.name)
+
+
+def test_what_was_set_aside_comes_back_before_a_call_is_refused_and_to_its_own_name_only(tmp_path):
+    old = tmp_path / ".out.b.abc.torch-simu.old"
+    old.mkdir()
+    (old / "name").write_text("old")
+    check_writable(tmp_path / "out", force=False)
+    assert [*tmp_path.iterdir()] == [old]
+    with pytest.raises(FileExistsError, match=r"out.b' exists and is not empty"):
+        check_writable(tmp_path / "out.b", force=False)
+    assert (tmp_path / "out.b" / "name").read_text() == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_run_goes_with_the_call_that_finds_its_result_and_no_other(tmp_path, force):
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    for made in ("first", "second"):
+        run.mkdir()
+        with whole_folder(out, force=True, run=run) as folder:
+            write_json(folder / "report.json", {"title": made, "methods": {}})
+        assert [*tmp_path.iterdir()] == [out]
+    # What a kill leaves: a run on its way to another result, then one whose result stands.
+    for title, left in (("other", True), ("second", False)):
+        run.mkdir(exist_ok=True)
+        write_json(tmp_path / "report.json", {"title": title, "methods": {}})
+        finish_run(run, tmp_path)
+        (tmp_path / "report.json").unlink()
+        with nullcontext() if force else pytest.raises(FileExistsError, match="Use --force"):
+            check_writable(out, force=force)
+        assert run.exists() is left and out.exists()
 
 
 def test_a_removed_folder_is_gone_at_once(tmp_path):

@@ -9,6 +9,7 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.driver import unlearn
 
 CONFIG = UnlearnConfig(
+    method="simu_graddiff",
     lr=1e-2,
     rho=0.5,
     hessian_interval=2,

@@ -38,10 +38,7 @@ def check_writable(folder: Path, *, force: bool, inputs: Iterable[str | Path] = 
     """
     if folder.is_file():
         raise NotADirectoryError(problem(f"{str(folder)!r} is a file", "a folder"))
-    if folder.absolute().name and folder.absolute().parent.is_dir():
-        # Where another process is at it, or nothing can be written, the next lines or the work itself say so.
-        with suppress(OSError), locked(folder):
-            pass
+    _settle(folder.absolute())
     place = folder.resolve()
     for each in inputs:
         path = Path(each).resolve()
@@ -107,7 +104,7 @@ def locked(folder: Path, *, resumable: bool = False) -> Iterator[Path]:
     folder = folder.absolute()
     made = [each for each in (folder.parent, *folder.parent.parents) if not each.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
+    path = _lock_of(folder)
     with path.open("ab") as file:
         try:
             if fcntl is not None:
@@ -181,6 +178,21 @@ def remove_folder(folder: Path, result: Path) -> None:
     """Remove a folder beside a result so that it is gone at once: under its name it is never seen half removed."""
     with temporary_beside(result.absolute(), folder=True) as aside:
         folder.rename(aside / folder.name)
+
+
+def _settle(folder: Path) -> None:
+    """Clear away what is left beside a result, if anything is and nobody is at it."""
+    if not folder.name:
+        return
+    left = temporaries_of(folder) + temporaries_of(folder, _OLD)
+    if left or _lock_of(folder).exists() or is_finished(run_beside(folder), folder):
+        # Where another process is at it, or nothing can be written, the checks or the work itself say so.
+        with suppress(OSError), locked(folder):
+            pass
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _clear(folder: Path) -> None:

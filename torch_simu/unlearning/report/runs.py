@@ -1,4 +1,4 @@
-"""Runs: the folder OUT.run beside a result OUT, from which a killed run goes on, and which goes when the result stands."""
+"""Runs: the folder OUT.run beside a result OUT, from which a killed run goes on, and which goes when OUT stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch_simu.unlearning.checkpoint import saved_steps
 
 _FINISHED = "result.txt"
 _REPORT = "report.json"
+_PARTIAL = ("attribution.forget", "attribution.retain")
 
 
 def run_beside(result: Path) -> Path:
@@ -38,10 +39,13 @@ def is_finished(run: Path, result: Path) -> bool:
 
 def how_to_go_on(run: Path | None) -> str:
     """Say in a sentence where a command goes on that was interrupted; one without a run begins again."""
-    steps = None if run is None else saved_steps(run)
-    if steps is None:
+    if run is not None and (steps := saved_steps(run)) is not None:
+        where = f"after step {steps}" if steps else "after the attribution"
+    elif run is not None and any((run / name).exists() for name in _PARTIAL):
+        where = "within the attribution"
+    else:
         return "Call the same command again; it starts anew."
-    return f"Call the same command again to go on after {f'step {steps}' if steps else 'the attribution'}."
+    return f"Call the same command again to go on {where}."
 
 
 def _named(result: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import typer
 from rich.console import Console
 
-from torch_simu.cli import options
+from torch_simu.cli.commands import options
 from torch_simu.cli.console import progress_bars, say, show_report, show_text
 from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests import mutants
-from tests.optimizer import whitened
+from tests.optimizer.whitened import whitened
 from tests.strategies import Layer, Options, float_dtypes, layers, normal, options, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, register_neuron_hooks
 from torch_simu.hooks import NeuronHookError

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from torch_simu._files import check_replaceable
+from torch_simu.cli.commands.help import examples, show_help
 from torch_simu.cli.console import say
-from torch_simu.cli.help import examples, show_help
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch import (
     Audit,

@@ -1,0 +1,1 @@
+"""Tests of what a step descends: objectives, balance, adversary."""

@@ -1,0 +1,107 @@
+"""The adversary relearns apart from the model, which is given back to the last bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from tests.strategies import float_dtypes, layers, normal, seeds
+from tests.unlearning.test_driver import FAST, _memorized, run
+from torch_simu import NeuronSelection, SIMUOptimizer
+from torch_simu.unlearning.adversary import Adversary
+
+
+def trained(layer, dtype, lr=0.1, interval=3):
+    param = nn.Parameter(layer.weight(dtype))
+    group = {"params": [param], "neurons": [list(layer.neurons)], "neuron_dim": layer.dim}
+    return param, Adversary(SIMUOptimizer([group]), lr=lr, interval=interval)
+
+
+@given(layers().filter(lambda layer: bool(layer.neurons)), float_dtypes, seeds)
+def test_the_model_comes_back_to_the_last_bit_and_the_copy_differs_in_selected_entries_only(layer, dtype, seed):
+    param, adversary = trained(layer, dtype)
+    before = param.detach().clone()
+    target = normal(seed, *param.shape, dtype=dtype)
+    adversary.relearn(0, lambda: (param * target).sum())
+    assert torch.equal(param, before) and param.grad is None
+    with pytest.raises(ValueError, match="broken"), adversary.in_place():
+        assert torch.equal(param[~layer.mask()], before[~layer.mask()])
+        assert (param != before)[layer.mask()].any()
+        raise ValueError("broken")
+    assert torch.equal(param, before)
+
+
+def test_its_steps_are_those_of_adamw_on_a_copy_that_starts_anew() -> None:
+    param = nn.Parameter(torch.tensor([3.0, -2.0]))
+    adversary = Adversary(torch.optim.SGD([param], lr=1.0), lr=0.1, interval=2)
+    for number in range(5):
+        if number % 2 == 0:
+            twin = nn.Parameter(param.detach().clone())
+            adam = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0)
+        loss = twin.square().sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([twin], 1.0)
+        adam.step()
+        adam.zero_grad()
+        adversary.relearn(number, lambda param=param: param.square().sum())
+        with adversary.in_place():
+            torch.testing.assert_close(param.detach(), twin.detach())
+        with torch.no_grad():
+            # The run goes on.
+            param += 1
+
+
+def test_a_saved_adversary_goes_on_to_the_same_bits() -> None:
+    whole, resumed = (nn.Parameter(torch.tensor([3.0, -2.0])) for _ in range(2))
+    first, second = (Adversary(torch.optim.SGD([each], lr=1.0), lr=0.1, interval=9) for each in (whole, resumed))
+    for number in range(2):
+        first.relearn(number, lambda: whole.square().sum())
+    second.load({name: tensor.clone() for name, tensor in first.state().items()})
+    for each, param in ((first, whole), (second, resumed)):
+        each.relearn(2, lambda param=param: param.square().sum())
+    with first.in_place(), second.in_place():
+        assert torch.equal(whole, resumed)
+    second.load({})
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 0.1, "interval": 0}])
+def test_numbers_that_are_not_positive_are_refused(options) -> None:
+    with pytest.raises(ValueError, match=f"{list(options)[-1]} is 0"):
+        Adversary(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
+
+
+@pytest.mark.parametrize("curvature", ["neurons", "both"])
+def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, tmp_path) -> None:
+    model, examples = _memorized()
+    config = FAST.updated(
+        method="simu", lr=0.05, adversary_lr=1e-3, adversary_interval=4, curvature=curvature, checkpoint_interval=3
+    )
+    whole, killed, resumed, plain = (copy.deepcopy(model) for _ in range(4))
+    expected = run(whole, examples, config)
+    run(killed, examples, config.updated(max_steps=3), checkpoint=tmp_path / "run")
+    done = run(resumed, examples, config, checkpoint=tmp_path / "run")
+    assert done.log == expected.log
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    run(plain, examples, config.updated(adversary_lr=None))
+    assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["npo", "simnpo", "probability"])
+@pytest.mark.parametrize("retain_term", ["nll", "kl"])
+def test_every_objective_forgets_and_is_resumed_to_the_same_bits(name, retain_term, tmp_path) -> None:
+    model, examples = _memorized()
+    layers = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
+    selection = NeuronSelection({layer: range(60) for layer in layers}, dict.fromkeys(layers, 64))
+    config = FAST.updated(
+        method="simu", objective=name, retain_term=retain_term, lr=0.3, max_steps=12, checkpoint_interval=5
+    )
+    whole, killed, resumed = (copy.deepcopy(model) for _ in range(3))
+    expected = run(whole, examples, config, selection=selection)
+    assert expected.log[-1]["forget_probability"] < 0.9 * expected.log[0]["forget_probability"]
+    run(killed, examples, config.updated(max_steps=5), checkpoint=tmp_path / "run", selection=selection)
+    run(resumed, examples, config, checkpoint=tmp_path / "run", selection=selection)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

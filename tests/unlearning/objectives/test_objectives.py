@@ -1,0 +1,194 @@
+"""Every objective is its formula, computed by hand on a tiny model, and unscored positions play no part."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torch_simu.unlearning.objectives import (
+    NPO,
+    OBJECTIVES,
+    GradDiff,
+    KeepsPredictions,
+    Probability,
+    SimNPO,
+    StartModel,
+    make_objective,
+)
+
+FORGET = {
+    "input_ids": torch.tensor([[1, 2, 3, 4], [4, 3, 2, 0]]),
+    "labels": torch.tensor([[-100, 2, 3, 4], [-100, -100, 2, -100]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+}
+RETAIN = {
+    "input_ids": torch.tensor([[2, 2, 1]]),
+    "labels": torch.tensor([[-100, 2, 1]]),
+    "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+}
+
+
+class Bigram(nn.Module):
+    """A language model whose next token depends on the last one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        """Logits of shape `(batch, length, 5)`."""
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def answer_nlls(model: Bigram, batch: dict[str, Tensor]) -> list[list[float]]:
+    """Row by row, the negative log-likelihoods of the scored tokens, one at a time."""
+    found = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        row = []
+        for place in range(1, len(ids)):
+            if labels[place] != -100:
+                row.append(-math.log(model.table[ids[place - 1]].softmax(0)[labels[place]].item()))
+        found.append(row)
+    return found
+
+
+def terms(objective: object, model: Bigram) -> dict[str, tuple[float, float]]:
+    return {term.name: (term.weight, term.loss.item()) for term in objective.terms(model, FORGET, RETAIN)}
+
+
+def moved() -> tuple[Bigram, Bigram, StartModel]:
+    """A model before its first steps, the same after them, and what was kept of it."""
+    model = Bigram()
+    start, before = StartModel(model), copy.deepcopy(model)
+    with torch.no_grad():
+        model.table += torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return before, model, start
+
+
+def test_the_probability_is_the_mean_over_tokens_and_its_gradient_fades_with_it() -> None:
+    model = Bigram()
+    nlls = [each for row in answer_nlls(model, FORGET) for each in row]
+    found = terms(Probability(retain_weight=3.0), model)
+    assert found["forget"] == pytest.approx((1.0, sum(math.exp(-each) for each in nlls) / len(nlls)))
+    kept = [each for row in answer_nlls(model, RETAIN) for each in row]
+    assert found["retain"] == pytest.approx((3.0, sum(kept) / len(kept)))
+    # A token of probability p pulls with p times the force of its log-likelihood.
+    forget = next(iter(Probability().terms(model, FORGET, RETAIN))).loss
+    plain = next(iter(GradDiff().terms(model, FORGET, RETAIN))).loss
+    bounded, unbounded = (torch.autograd.grad(each, model.table)[0][1, 2] for each in (forget, plain))
+    assert (bounded / unbounded).item() == pytest.approx(-math.exp(-nlls[0]))
+
+
+def test_npo_compares_the_likelihood_of_a_row_with_that_of_the_start_model() -> None:
+    before, model, start = moved()
+    beta, found = 0.1, terms(NPO(moved()[2], 2.0), model)
+    margins = [
+        beta * (sum(now) - sum(then))
+        for now, then in zip(answer_nlls(model, FORGET), answer_nlls(before, FORGET), strict=True)
+    ]
+    wanted = sum(math.log1p(math.exp(-each)) for each in margins) / len(margins)
+    assert found["forget"] == pytest.approx((2 / beta, wanted))
+    weights = model.table.detach().clone()
+    assert terms(NPO(start), model)["forget"] == found["forget"] and torch.equal(model.table, weights)
+
+
+def test_simnpo_takes_the_mean_over_the_tokens_of_a_row() -> None:
+    model = Bigram()
+    found = terms(SimNPO(retain_weight=1.0, beta=4.5, margin=0.5), model)
+    margins = [4.5 * (sum(row) / len(row) - 0.5) for row in answer_nlls(model, FORGET)]
+    assert found["forget"] == pytest.approx((2 / 4.5, sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)))
+
+
+def test_the_divergence_is_zero_at_the_start_and_that_of_the_predictions_after_it() -> None:
+    before, model, start = moved()
+    objective = KeepsPredictions(Probability(), start, retain_weight=5.0)
+    assert terms(objective, before)["retain"] == pytest.approx((5.0, 0.0), abs=1e-12)
+    wanted = 0.0
+    for last in (2, 2):
+        p, q = before.table[last].softmax(0), model.table[last].softmax(0)
+        wanted += (p * (p.log() - q.log())).sum().item() / 2
+    found = terms(objective, model)
+    assert found["retain"] == pytest.approx((5.0, wanted))
+    assert found["forget"] == terms(Probability(), model)["forget"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("retain_term", ["nll", "kl"])
+def test_what_is_not_scored_plays_no_part(name: str, retain_term: str) -> None:
+    model = Bigram()
+    objective = make_objective(name, model=model, retain_term=retain_term)
+    found = terms(objective, model)
+    padded = {**FORGET, "input_ids": FORGET["input_ids"].clone()}
+    padded["input_ids"][1, 3] = 1
+    again = {term.name: (term.weight, term.loss.item()) for term in objective.terms(model, padded, RETAIN)}
+    assert again == found
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("grad_diff", "grad_ascent")])
+def test_bounded_objectives_stop_pulling_at_what_is_forgotten(name: str) -> None:
+    model = Bigram()
+    objective = make_objective(name, model=model)
+    with torch.no_grad():
+        # The scored tokens have probability e^-60 each.
+        for last, token in ((1, 2), (2, 3), (3, 4), (3, 2)):
+            model.table[last, token] = -60.0
+    first = next(iter(objective.terms(model, FORGET, RETAIN)))
+    pull = torch.autograd.grad(first.weight * first.loss, model.table)[0].norm().item()
+    plain = next(iter(GradDiff().terms(model, FORGET, RETAIN)))
+    assert pull < 0.05 * torch.autograd.grad(plain.loss, model.table)[0].norm().item()
+
+
+def test_the_start_model_is_given_back_also_after_an_exception() -> None:
+    _, model, start = moved()
+    weights = model.table.detach().clone()
+    pointer = model.table.data_ptr()
+    with pytest.raises(ValueError, match="broken"), start.in_place(model):
+        assert not torch.equal(model.table, weights) and not torch.is_grad_enabled()
+        raise ValueError("broken")
+    assert torch.equal(model.table, weights) and model.table.data_ptr() == pointer and torch.is_grad_enabled()
+
+
+def test_only_what_trains_is_kept_of_the_start_model() -> None:
+    model = Bigram()
+    model.table.requires_grad_(False)
+    assert repr(StartModel(model)) == "StartModel(0 parameters)"
+
+
+class TestErrors:
+    @pytest.mark.parametrize("options", [{"name": "npo"}, {"name": "probability", "retain_term": "kl"}])
+    def test_an_objective_that_compares_needs_the_model(self, options: dict[str, str]) -> None:
+        with pytest.raises(ValueError, match="model is None, expected the model before the first step"):
+            make_objective(**options)
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(ValueError, match="objective is 'npos', expected one of"):
+            make_objective("npos")
+        with pytest.raises(ValueError, match="retain_term is 'l2', expected one of 'nll', 'kl'"):
+            make_objective("npo", retain_term="l2", model=Bigram())
+
+    def test_numbers_out_of_bounds(self) -> None:
+        with pytest.raises(ValueError, match="retain_weight is -1"):
+            Probability(retain_weight=-1)
+        with pytest.raises(ValueError, match="beta is 0"):
+            SimNPO(beta=0)
+
+    def test_a_batch_without_scored_tokens(self) -> None:
+        empty = {**FORGET, "labels": torch.full((2, 4), -100)}
+        with pytest.raises(ValueError, match="Every label is -100"):
+            next(iter(Probability().terms(Bigram(), empty, RETAIN)))
+
+
+def test_functional_agrees_with_the_hand_made_likelihood() -> None:
+    model = Bigram()
+    labels = FORGET["labels"][:, 1:].flatten()
+    logits = model.table[FORGET["input_ids"][:, :-1]].flatten(0, 1)
+    wanted = functional.cross_entropy(logits, labels).item()
+    nlls = [each for row in answer_nlls(model, FORGET) for each in row]
+    assert sum(nlls) / len(nlls) == pytest.approx(wanted)

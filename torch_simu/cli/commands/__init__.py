@@ -1,0 +1,1 @@
+"""Commands: what each of them takes, and what it shows."""
