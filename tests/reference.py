@@ -56,6 +56,8 @@ class DenseWhitened:
         reached = [position for position in range(len(gradient)) if gradient[position].abs().sum() > 0]
         for side, rows in enumerate((activation[:, self.neurons], gradient)[: len(self.covariances)]):
             found = sum(torch.outer(rows[position], rows[position]) for position in reached) / len(reached)
+            if side == 1:
+                found = found / found.diagonal().mean()
             before, beta2 = self.covariances[side], self.options.beta2
             self.covariances[side] = found if before is None else beta2 * before + (1 - beta2) * found
         self.norm = self.weight[:, self.neurons].norm()

@@ -40,7 +40,8 @@ class SIMUOptimizer(CurvatureUpdates):
     $$m \leftarrow \beta_1 m + (1 - \beta_1) \frac{G A^{-1}}{\lVert G A^{-1} \rVert}, \qquad
       W_S \leftarrow W_S (1 - \eta\lambda) - \eta\,\lVert W_S \rVert\,m.$$
 
-    With "both" it is $D^{-1} G A^{-1}$, with $D$ the covariance of the gradients of the layer's outputs.
+    With "both" it is $D^{-1} G A^{-1}$, with $D$ the covariance of the gradients of the layer's outputs, which each
+    refresh brings to a mean diagonal of one.
 
     Args:
         params: Parameters; `model.named_parameters()`, then `selection` says which of their entries train; or groups

@@ -38,7 +38,10 @@ class Trained(NamedTuple):
 
 
 class Covariances(NamedTuple):
-    """What one refresh found of a layer, over all processes: means over `num_positions`, which may be zero."""
+    """What one refresh found of a layer, over all processes: a mean over `num_positions`, which may be zero.
+
+    That of the outputs has a mean diagonal of one.
+    """
 
     neurons: Tensor
     outputs: Tensor | None
@@ -108,9 +111,14 @@ def covariances(
             count = count.clone()
             for each in (*sides, count):
                 dist.all_reduce(each, dist.ReduceOp.SUM, process_group)
-        means = [each / count.clamp(min=1) for each in sides]
-        found.append(Covariances(means[0], means[1] if both else None, count))
+        neurons = sides[0] / count.clamp(min=1)
+        found.append(Covariances(neurons, _unit(sides[1]) if both else None, count))
     return found
+
+
+def _unit(covariance: Tensor) -> Tensor:
+    """Return a covariance with a mean diagonal of one: gradients come at the scale of a loss, which says nothing."""
+    return covariance / covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
 
 
 def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, finite: Tensor | bool) -> None:
