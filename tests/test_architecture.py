@@ -38,6 +38,7 @@ FLOORS = {
 
 APPLICATION_FLOORS = {
     "adversary": 0,
+    "attack": 3,
     "checkpoint": 1,
     "data": 1,
     "identity": 1,

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import cli
-from torch_simu.cli.console import plain, progress_bars, quiet_casts, say, show_report
+from torch_simu.cli.console import plain, progress_bars, quiet_casts, say, show_attacks, show_report
+from torch_simu.unlearning.attack.result import AttackPoint, AttackResult
 from torch_simu.unlearning.report.report import MethodResult, Report
 
 FILES = sorted(Path(str(cli.__file__)).parent.glob("*.py"))
@@ -119,6 +120,34 @@ def test_a_cost_has_a_column_where_a_method_has_it() -> None:
     assert "weights" not in table(("forget", "retain")) and "state" not in table(("forget", "retain"))
     shown = table(("forget", "retain"), 0.5)
     assert "50 %" in shown and "state" not in shown
+
+
+def test_what_comes_back_has_a_column_in_place_of_the_seconds() -> None:
+    back = {"relearn": {"probability": 0.617, "es": 0.25}}
+    shown = table(("forget", "retain", "world"), 0.0165, 3_221_000, 12.0, 7, back)
+    lines = shown.splitlines()
+    assert lines[2].split()[-1] == "back" and lines[-1].endswith(".617") and "12" not in lines[-1].split()
+    assert all(text in shown for text in ("1.65 %", "3.22 MB"))
+    assert max(map(len, lines)) <= 80 and shown.count("attention_only") == 1
+    narrow = table(("forget", "retain", "world"), 0.0165, 3_221_000, 12.0, 7, back, width=80)
+    assert [line.rstrip() for line in narrow.splitlines()] == [line.rstrip() for line in lines]
+    # Another attack is in the report.
+    assert "back" not in table(("forget", "retain"), 0.5, None, None, None, {"round_8bit": back["relearn"]})
+
+
+def test_attacks_are_shown_line_by_line_before_and_after() -> None:
+    before = AttackPoint(0.04, 0.0)
+    made = AttackResult(before, (AttackPoint(0.617, 0.25, 1e-4, 5), AttackPoint(0.5, 1.0, 1e-4, 10)), 4, 2)
+    skipped = AttackResult(before, (), 4, 0, "its weights are codes already")
+    written = io.StringIO()
+    found = {"relearn": made, "round_8bit": skipped}
+    show_attacks(Console(file=written, width=80), "Title", {"model": found, "[b]reference": found})
+    lines = [line.split() for line in written.getvalue().splitlines()]
+    assert lines[-2:] == [
+        ["relearn", *(".040", ".000", ".617", "1.00") * 2],
+        ["round_8bit", *(".040", ".000", "skipped") * 2],
+    ]
+    assert lines[1] == ["model", "model", "[b]reference", "[b]reference"]
 
 
 CAST = "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"

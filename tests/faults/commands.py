@@ -30,6 +30,11 @@ def _evaluate(files: Path, **changed: str) -> Words:
     return ["evaluate", *(word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value))]
 
 
+def _attack(files: Path, **changed: str) -> Words:
+    named = {"model": str(files / "model"), "forget": str(files / "retain.jsonl"), **changed}
+    return ["attack", *(word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value))]
+
+
 _NUMBERS = {
     "lr": ("-1", "nan", "inf", "-inf", "one", "", "1e"),
     "retain-weight": ("-1", "nan", "inf", "two", ""),
@@ -59,6 +64,20 @@ _NUMBERS = {
     "layers": ("[", "nothing", "(", "lm_head(", "model.embed_tokens"),
 }
 
+_ATTACK = {
+    "rates": ("0", "-1", "nan", "inf", "1e-4,0", "1e-4;1e-3", ",", "", "fast"),
+    "attacks": ("", "relern", "relearn,", "RELEARN", "fine_tune", "fine_tune_text"),
+    "steps": ("0", "-1", "1.5", "many"),
+    "interval": ("0", "-1", "x"),
+    "batch-size": _NUMBERS["batch-size"],
+    "max-length": _NUMBERS["max-length"],
+    "seed": _NUMBERS["seed"],
+    "dtype": _NUMBERS["dtype"],
+    "device": _NUMBERS["device"],
+    "reference": ("", "nothing", "./nothing", "forget.jsonl"),
+    "text": ("", "nothing.jsonl"),
+}
+
 
 def numbers() -> Iterator[tuple[str, Callable[[Path], Words]]]:
     """Options with values that are none."""
@@ -76,6 +95,9 @@ def numbers() -> Iterator[tuple[str, Callable[[Path], Words]]]:
             yield f"evaluate --{option} {value}", lambda f, o=option, v=value: _evaluate(f, **{o: v})
     for value in ("0", "-1", "1.5", "x"):
         yield f"evaluate --max-new-tokens {value}", lambda f, v=value: _evaluate(f, **{"max-new-tokens": v})
+    for option, values in _ATTACK.items():
+        for value in values:
+            yield f"attack --{option} {value}", lambda f, o=option, v=value: _attack(f, **{o: v})
     for value in ("muse", "", "TOFU", "tofu", "lume"):
         yield f"evaluate --suite {value}", lambda f, v=value: _evaluate(f, suite=v)
 
@@ -87,12 +109,13 @@ def words() -> Iterator[tuple[str, Callable[[Path], Words]]]:
         ["unlearn"],
         ["evaluate"],
         ["attribute"],
+        ["attack"],
         ["patch", "make"],
         ["patch", "apply"],
         ["--nope"],
     ):
         yield " ".join(given), lambda f, g=given: list(g)
-    for make in (_unlearn, _attribute, _evaluate):
+    for make in (_unlearn, _attribute, _evaluate, _attack):
         for extra in (["--nope"], ["--nope", "1"], ["stray"], ["--model"], ["--out"], ["--force", "yes"]):
             yield f"{make.__name__[1:]} {' '.join(extra)}", lambda f, m=make, e=extra: [*m(f), *e]
     for command in ("show", "verify", "apply", "revert", "create"):
@@ -152,6 +175,9 @@ def rows() -> Iterator[tuple[str, Callable[[Path], Words]]]:
     for source in ("", "nothing.jsonl", "a:b:c:d", "no/such:set", ".", "/", "::"):
         yield f"forget source {source!r}", lambda f, s=source: _unlearn(f, forget=s)
         yield f"attributed source {source!r}", lambda f, s=source: _attribute(f, forget=s)
+    yield "one row to attack", lambda f: _attack(f, forget=str(f / "forget.jsonl"))
+    yield "one row to attack beside", lambda f: [*_evaluate(f), "--attack"]
+    yield "one row to attack before and after", lambda f: [*_unlearn(f), "--attack"]
     yield "forget is retain", lambda f: _unlearn(f, retain=str(f / "forget.jsonl"))
 
 
@@ -185,7 +211,7 @@ def models() -> Iterator[tuple[str, Callable[[Path], Words]]]:
     ]
     for source in ("", "nothing", "./nothing", "forget.jsonl", "model/config.json", "model/model.safetensors"):
         yield f"evaluate beside {source!r}", lambda f, s=source: _evaluate(f, reference=s)
-    for make in (_unlearn, _attribute, _evaluate):
+    for make in (_unlearn, _attribute, _evaluate, _attack):
         for source in ("", "nothing", "./nothing", "/nothing", "a/b/c", "forget.jsonl"):
             yield f"{make.__name__[1:]} of model {source!r}", lambda f, m=make, s=source: m(f, model=s)
         for name, content in broken:
@@ -204,6 +230,9 @@ def places() -> Iterator[tuple[str, Callable[[Path], Words]]]:
         yield f"{make.__name__[1:]} onto the model", lambda f, m=make: m(f, out=str(f / "model"))
         yield f"{make.__name__[1:]} onto the model by force", lambda f, m=make: [*m(f, out=str(f / "model")), "--force"]
         yield f"{make.__name__[1:]} onto its inputs by force", lambda f, m=make: [*m(f, out=str(f)), "--force"]
+    yield "attack onto a file", lambda f: _attack(f, out=str(f / "retain.jsonl"))
+    yield "attack onto its rows by force", lambda f: [*_attack(f, out=str(f / "retain.jsonl")), "--force"]
+    yield "attack into no folder", lambda f: _attack(f, out=str(f / "no" / "figures.json"))
     yield "evaluate onto a file", lambda f: _evaluate(f, out=str(f / "retain.jsonl"))
     yield "evaluate into no folder", lambda f: _evaluate(f, out=str(f / "no" / "figures.json"))
     yield "evaluate onto a folder", lambda f: _evaluate(f, out=str(f / "model"))

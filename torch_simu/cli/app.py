@@ -18,6 +18,7 @@ except ImportError as error:
 
 import torch_simu
 from torch_simu._checks import problem
+from torch_simu.cli.commands.attack import attack
 from torch_simu.cli.commands.help import examples, show_help
 from torch_simu.cli.commands.jobs import attribute, demo, evaluate, unlearn
 from torch_simu.cli.commands.patch import app as patch_app
@@ -89,6 +90,13 @@ def _application() -> typer.Typer:
             f"torch-simu evaluate --model OUT_DIR {_SETS} --reference before.json",
         )
     )(evaluate)
+    found.command(
+        epilog=examples(
+            f"torch-simu attack --model OUT_DIR {_SETS} --reference MODEL_DIR",
+            "torch-simu attack --model OUT_DIR --forget forget.jsonl --attacks relearn --rates 1e-5,1e-4 --steps 20 "
+            "--out attack.json",
+        )
+    )(attack)
     found.command(
         epilog=examples(
             "torch-simu attribute --model MODEL_DIR --forget forget.jsonl --out SCORES_DIR",

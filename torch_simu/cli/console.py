@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Column, Table
 from rich.text import Text
 
+from torch_simu.unlearning.attack.result import AttackResult
 from torch_simu.unlearning.progress import Progress as ProgressCallback
-from torch_simu.unlearning.report.report import Report
+from torch_simu.unlearning.report.report import RELEARN, Report
 
 _WIDTH = 80
 _NAME = 20
@@ -111,21 +112,55 @@ def show_report(console: Console, report: Report) -> None:
         say(console, note, style="dim")
 
 
+def show_attacks(console: Console, title: str, models: Mapping[str, Mapping[str, AttackResult]]) -> None:
+    """Print what each attack came to, a line each: probability and ES of the scored rows, before and after.
+
+    Args:
+        console: Where to.
+        title: Title of the table.
+        models: Name -> what `attack_model` returned.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=Text(plain(title)))
+    table.add_column("attack", vertical="bottom")
+    for name in models:
+        for when in ("before", "after"):
+            table.add_column(Text(f"{plain(name)}\n{when}\nprob ES"), vertical="bottom")
+    for attack in next(iter(models.values())):
+        cells = []
+        for results in models.values():
+            found = results[attack]
+            before = {"probability": found.before.probability, "es": found.before.es}
+            after = None if found.skipped else found.worst
+            cells += ["skipped" if each is None else _pair(each) for each in (before, after)]
+        table.add_row(Text(plain(attack)), *cells)
+    console.print(table)
+
+
+def _pair(measures: Mapping[str, float]) -> str:
+    return f"{_four(measures['probability'])} {_four(measures['es'])}"
+
+
 def _table(report: Report, sets: list[str], *, costs: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", max_width=_NAME, overflow="fold", vertical="bottom")
     for name in sets:
         # A long name goes on below: cut, it could be that of another set.
         table.add_column(Text(f"{plain(name)}\n{_MEASURED}"), width=len(_MEASURED), overflow="fold", vertical="bottom")
-    known = [name for name in _COSTS if costs and name in report.costs()]
+    attacked = costs and RELEARN in report.attacks()
+    # What comes back stands in place of the seconds: both do not fit beside three sets.
+    known = [name for name in _COSTS if costs and name in report.costs() and not (attacked and name == "seconds")]
     for name in known:
         table.add_column(_COSTS[name], justify="right", no_wrap=True, vertical="bottom")
+    if attacked:
+        table.add_column("back", justify="right", no_wrap=True, vertical="bottom")
     for method, result in report.methods.items():
         cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
         found = result.costs()
         if result.seconds is not None:
             found["seconds"] = f"{result.seconds:.0f}"
-        table.add_row(Text(plain(method)), *cells, *(found.get(name, "") for name in known))
+        back = (result.attack or {}).get(RELEARN)
+        ends = [] if not attacked else ["" if back is None else _four(back["probability"])]
+        table.add_row(Text(plain(method)), *cells, *(found.get(name, "") for name in known), *ends)
     return table
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
 
 from torch_simu._checks import check_choice, problem
 from torch_simu.attribution import Attribution
+from torch_simu.cli.attack.attacking import Attacking, attack_notes, floor_of, worst_of
 from torch_simu.cli.loading import BASE_STILL_KNOWS, Loading
-from torch_simu.cli.measuring import Measuring
+from torch_simu.cli.measuring import Measuring, Show, Sources, read_sets, show_first
 from torch_simu.cli.reference import read_reference
 from torch_simu.cli.saving import check_saves, save_model, save_scores
 from torch_simu.deltas import attached_layers, decode_model
 from torch_simu.neurons import NeuronSelection
+from torch_simu.unlearning.attack.config import AttackConfig
+from torch_simu.unlearning.attack.result import AttackResult
+from torch_simu.unlearning.attack.rows import split_rows
 from torch_simu.unlearning.config import UnlearnConfig
-from torch_simu.unlearning.data.examples import encode, show_example
-from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
+from torch_simu.unlearning.data.examples import encode
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
@@ -26,12 +26,6 @@ from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import MethodResult, Report, bargain, write_json, write_log
-
-Show = Callable[[str], None]
-"""Called once, before the work begins, with the text of the first row to forget as the model reads it."""
-
-Sources = Mapping[str, str]
-"""Set -> its file or data set; "forget" and "retain" are always there."""
 
 
 def unlearn_job(
@@ -42,6 +36,7 @@ def unlearn_job(
     *,
     loading: Loading | None = None,
     measuring: Measuring | None = None,
+    attack: AttackConfig | None = None,
     save_as: str = "loaded",
     force: bool = False,
     progress: Progress | None = None,
@@ -60,6 +55,7 @@ def unlearn_job(
         config: Every choice of the run.
         loading: How the model is loaded.
         measuring: How the sets are measured.
+        attack: How the models before and after are attacked; None: they are not.
         save_as: "loaded": codes and deltas apart; "float": a plain model of float weights.
         force: Replace an older result at `out`.
         progress: Told of each stage.
@@ -69,7 +65,8 @@ def unlearn_job(
         The report; `Report.reached` says whether the forget target was reached.
 
     Raises:
-        ValueError: If a file, a row or an option is wrong, or a loss is not finite.
+        ValueError: If a file, a row or an option is wrong, a loss is not finite, or an attack is asked for and the
+            forget set has fewer than two different rows.
         OSError: If `out` exists and `force` is not given, holds an input, or cannot be written, or another process is
             working on it.
         ImportError: If matplotlib is not installed.
@@ -81,13 +78,23 @@ def unlearn_job(
     if loading.load_in is not None and config.where in ("all", "attention"):
         wrong = f"Method {config.method!r} trains whole weights, and load_in is {loading.load_in!r}"
         raise ValueError(problem(wrong, "a method that trains neurons", "Or leave the model unquantized."))
-    rows = _rows(sets)
+    rows = read_sets(sets)
+    if attack is not None:
+        split_rows(rows["forget"], every=attack.attacker_every)
     with locked(out, resumable=True) as checkpoint:
         net, tokenizer = loading.load(model, float_attention=config.attention == "full")
         check_saves(net)
-        _show_first(rows, tokenizer, measuring.max_length, show)
+        show_first(rows, tokenizer, measuring.max_length, show)
         examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
-        before = MethodResult(measuring.measures(net, tokenizer, rows, "evaluate before", progress), 0.0, 0, 0.0, 0)
+        attacks = Attacking(attack, tokenizer, rows, measuring.max_length, progress)
+        before = MethodResult(
+            measuring.measures(net, tokenizer, rows, "evaluate before", progress),
+            0.0,
+            0,
+            0.0,
+            0,
+            worst_of(attacks.on(net, "before")),
+        )
         kept = {name: part for name, part in examples.items() if name != "forget"}
         done = unlearn(
             net,
@@ -102,12 +109,15 @@ def unlearn_job(
         if save_as == "float":
             # Before it is measured: the figures are those of what is written.
             decode_model(net)
+        measures = measuring.measures(net, tokenizer, rows, "evaluate after", progress)
+        found = attacks.on(net, "after")
         after = MethodResult(
-            measuring.measures(net, tokenizer, rows, "evaluate after", progress),
+            measures,
             done.changed_share,
             done.optimizer_bytes,
             done.seconds,
             done.steps,
+            worst_of(found),
         )
         report = Report(
             f"torch-simu unlearn: {config.method}",
@@ -116,6 +126,7 @@ def unlearn_job(
             config.to_json(),
             [
                 *bargain(before, after, config.forget_target, reached=done.reached),
+                *attack_notes(found),
                 *([] if done.attribution is None else [missed(done.attribution)]),
                 *([BASE_STILL_KNOWS] if attached_layers(net) else []),
             ],
@@ -163,10 +174,10 @@ def attribute_job(
     check_plots()
     if config.rule == "contrast" and retain is None:
         raise ValueError(problem("rule is 'contrast' without a retain set", "--retain", "Or take --rule top."))
-    rows = _rows({"forget": forget} | ({} if retain is None else {"retain": retain}))
+    rows = read_sets({"forget": forget} | ({} if retain is None else {"retain": retain}))
     with locked(out):
         net, tokenizer = (loading or Loading()).load(model)
-        _show_first(rows, tokenizer, max_length, show)
+        show_first(rows, tokenizer, max_length, show)
         examples = {name: encode(part, tokenizer, max_length=max_length) for name, part in rows.items()}
         selection, attribution = choose_neurons(
             net,
@@ -196,11 +207,14 @@ def evaluate_job(
     out: Path | None = None,
     loading: Loading | None = None,
     measuring: Measuring | None = None,
+    attack: AttackConfig | None = None,
     force: bool = False,
     progress: Progress | None = None,
     show: Show | None = None,
 ) -> tuple[Report, dict[str, float]]:
     """Measure a model, beside a reference if there is one, and by a benchmark's suite if one is named.
+
+    With an `attack`, each is attacked, too, and the report says what comes back.
 
     A `reference` is a model, or the file that this function wrote to `out` when it measured one on the same sets.
 
@@ -219,7 +233,7 @@ def evaluate_job(
     measured = reference if reference is not None and Path(reference).is_file() else None
     if out is not None:
         check_new_file(out, force=force, inputs=[model, *sets.values(), *filter(None, [measured])])
-    rows = _rows(sets)
+    rows = read_sets(sets)
     settings = {
         "sets": dict(sets),
         "rows": {name: len(part) for name, part in rows.items()},
@@ -227,8 +241,12 @@ def evaluate_job(
         "max_length": measuring.max_length,
         "max_new_tokens": measuring.max_new_tokens,
     }
+    if attack is not None:
+        split_rows(rows["forget"], every=attack.attacker_every)
+        settings["attack"] = attack.to_json()
     methods: dict[str, MethodResult] = {}
     suites: dict[str, Figures] = {}
+    found: dict[str, AttackResult] | None = None
     # The reference comes first: TOFU's forget quality compares the model with it.
     named = ({} if reference is None or measured else {"reference": reference}) | {"model": model}
     if measured is not None:
@@ -241,9 +259,11 @@ def evaluate_job(
         loading.check(source)
     for name, source in named.items():
         net, tokenizer = loading.load(source)
-        _show_first(rows, tokenizer, measuring.max_length, show)
+        show_first(rows, tokenizer, measuring.max_length, show)
         show = None
-        methods[name] = MethodResult(measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress))
+        measures = measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress)
+        found = Attacking(attack, tokenizer, rows, measuring.max_length, progress).on(net, name)
+        methods[name] = MethodResult(measures, attack=worst_of(found))
         if chosen is None:
             continue
         suites[name] = chosen.measure(
@@ -255,23 +275,9 @@ def evaluate_job(
             max_new_tokens=measuring.max_new_tokens or chosen.max_new_tokens,
             progress=renamed(progress, f"{suite} {name}".format),
         )
-    report = Report("torch-simu evaluate", 0, methods, settings)
+    notes = attack_notes(found, reference=floor_of(methods.get("reference")))
+    report = Report("torch-simu evaluate", 0, methods, settings, notes)
     headlines = {} if chosen is None else chosen.shown(suites["model"])
     if out is not None:
         write_json(out, report.to_json() | {"suites": suites})
     return report, headlines
-
-
-def _show_first(
-    rows: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, show: Show | None
-) -> None:
-    if show is not None:
-        (example,) = encode(rows["forget"][:1], tokenizer, max_length=max_length)
-        show(f"First row to forget, its scored part between >>> and <<<:\n{show_example(example, tokenizer)}\n")
-
-
-def _rows(sets: Sources) -> dict[str, list[Row]]:
-    rows = {name: load_rows(source) for name, source in sets.items()}
-    if "retain" in rows:
-        check_disjoint(rows["forget"], rows["retain"])
-    return rows

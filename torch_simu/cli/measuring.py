@@ -1,17 +1,41 @@
-"""Measuring: how the sets of a job are measured."""
+"""Measuring: the sets of a job, and how they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_simu._checks import check_count
-from torch_simu.unlearning.data.rows import Row
+from torch_simu.unlearning.data.examples import encode, show_example
+from torch_simu.unlearning.data.rows import Row, check_disjoint, load_rows
 from torch_simu.unlearning.metrics.evaluate import evaluate
 from torch_simu.unlearning.progress import Progress, part_of, renamed
 from torch_simu.unlearning.report.report import Measures
+
+Show = Callable[[str], None]
+"""Called once, before the work begins, with the text of the first row to forget as the model reads it."""
+
+Sources = Mapping[str, str]
+"""Set -> its file or data set; "forget" is always there."""
+
+
+def read_sets(sets: Sources) -> dict[str, list[Row]]:
+    """Read the rows of each set, and raise where the forget and the retain set share one."""
+    rows = {name: load_rows(source) for name, source in sets.items()}
+    if "retain" in rows:
+        check_disjoint(rows["forget"], rows["retain"])
+    return rows
+
+
+def show_first(
+    rows: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, show: Show | None
+) -> None:
+    """Show the first row to forget, as the model reads it."""
+    if show is not None:
+        (example,) = encode(rows["forget"][:1], tokenizer, max_length=max_length)
+        show(f"First row to forget, its scored part between >>> and <<<:\n{show_example(example, tokenizer)}\n")
 
 
 @dataclass(frozen=True, slots=True)

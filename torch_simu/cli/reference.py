@@ -23,8 +23,8 @@ def read_reference(path: Path, settings: Mapping[str, object]) -> tuple[MethodRe
 
     Args:
         path: The file.
-        settings: The settings of the job that compares, as its report has them: "sets", "rows", "suite", "max_length"
-            and "max_new_tokens".
+        settings: The settings of the job that compares, as its report has them: "sets", "rows", "suite", "max_length",
+            "max_new_tokens", and "attack" if it attacks.
 
     Returns:
         The measures of the sets, and the suite's figures if the job measures by one.
@@ -39,23 +39,35 @@ def read_reference(path: Path, settings: Mapping[str, object]) -> tuple[MethodRe
     except (ValueError, RecursionError):
         raise ValueError(problem(f"The reference {str(path)!r} is neither a model nor JSON", _EXPECTED)) from None
     theirs, methods = _part(content, "settings", path), _part(content, "methods", path)
-    for name in ("sets", "rows", "max_length", "max_new_tokens", "suite"):
-        found, wanted = theirs.get(name), settings[name]
+    for name in ("sets", "rows", "max_length", "max_new_tokens", "suite", "attack"):
+        found, wanted = theirs.get(name), settings.get(name)
         if name == "sets":
             found, wanted = _file_names(found), _file_names(wanted)
-        # What was measured by a suite was measured without one, too.
-        if found != wanted and not (name == "suite" and wanted is None):
+        # What was measured by a suite, or attacked, was measured without, too.
+        if found != wanted and not (name in ("suite", "attack") and wanted is None):
             wrong = f"The reference {str(path)!r} was measured with {name} {found!r}"
             raise ValueError(problem(wrong, repr(wanted), _ADVICE))
     measures = _part(methods, "model", path)
     sets = {name: _measures(measures, name, path) for name in theirs["sets"]}
     figures = None if settings["suite"] is None else _part(_part(content, "suites", path), "model", path)
-    return MethodResult(sets), figures
+    attack = None if settings.get("attack") is None else _attack(_part(measures, "attack", path), path)
+    return MethodResult(sets, attack=attack), figures
 
 
 def _measures(measures: Mapping[str, Any], name: str, path: Path) -> dict[str, float]:
     of_set = _part(measures, name, path)
     return {key: check_number(f"{key} of {name} in {str(path)!r}", of_set.get(key), high=1.0) for key in MEASURES}
+
+
+def _attack(attacks: Mapping[str, Any], path: Path) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in attacks:
+        figures = _part(attacks, name, path)
+        found[name] = {
+            key: check_number(f"{key} of the attack {name} in {str(path)!r}", figures.get(key), high=1.0)
+            for key in ("probability", "es")
+        }
+    return found
 
 
 def _part(content: object, name: str, path: Path) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unlearning.test_driver import RECIPE
 from torch_simu.cli import app
+from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.demo.demo import run_demo
 
@@ -18,6 +19,7 @@ SMALL = dataclasses.replace(
         max_steps=4, attribution_steps=2, max_completeness_error=None, forget_batch_size=6, retain_batch_size=6
     ),
     tuned={method: {"lr": 5e-3} for method in METHODS},
+    attack=AttackConfig(rates=(1e-3, 1e-2), steps=4, interval=2),
 )
 TIMES = ("seconds",)
 
@@ -43,6 +45,24 @@ def test_every_method_and_control_is_reported(demo):
     assert "Not reached within 4 steps" in demo.report.notes[-1]
 
 
+def test_relearning_is_tried_on_every_model_and_brings_back_what_was_known(demo):
+    back = {name: row["attack"]["relearn"]["probability"] for name, row in figures(demo).items()}
+    assert list(back) == list(figures(demo))
+    assert back["before"] > 0.9 and back["retrained"] < 0.5
+    page = demo.report.to_markdown()
+    assert f"| fo_graddiff | {back['fo_graddiff']:.3f} / " in page
+    assert any("`back`" in note for note in demo.report.notes)
+
+
+def test_a_recipe_without_an_attack_makes_none(tmp_path):
+    quiet = dataclasses.replace(SMALL, attack=None)
+    result = run_demo(3, recipe=quiet, methods=("fo_graddiff",))
+    assert all("attack" not in row for row in figures(result).values())
+    assert not any("`back`" in note for note in result.report.notes)
+    result.save(tmp_path)
+    assert not (tmp_path / "attack.png").exists() and "attack.png" not in (tmp_path / "report.md").read_text()
+
+
 def test_the_same_seed_gives_the_same_numbers(demo):
     assert figures(run_demo(3, recipe=SMALL)) == figures(demo)
 
@@ -66,8 +86,14 @@ def test_the_command_writes_report_plots_and_logs(tmp_path, monkeypatch, capsys)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["seed"] == 1 and set(report["methods"]) == {"before", "simu_graddiff", "fo_graddiff", "retrained"}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {"report.md", "forgetting.png", "attribution.png", "steps_simu_graddiff.jsonl"}
+    assert names >= {"report.md", "forgetting.png", "attack.png", "attribution.png", "steps_simu_graddiff.jsonl"}
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith(("before", "simu_graddiff", "fo_graddiff", "retrained"))]
     assert len([line for line in table if "%" in line]) == 4 and max(map(len, table)) <= 80
-    assert {"train", "retrain", "simu_graddiff: unlearn"} <= set(told)
+    assert {
+        "train",
+        "retrain",
+        "simu_graddiff: unlearn",
+        "simu_graddiff: attack relearn",
+        "train: attack relearn",
+    } <= set(told)

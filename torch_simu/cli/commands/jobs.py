@@ -14,6 +14,7 @@ from torch_simu.cli.console import progress_bars, say, show_report, show_text
 from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
+from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import MethodName, Rule, UnlearnConfig
 from torch_simu.unlearning.report.folder import check_writable, locked, whole_folder
 from torch_simu.unlearning.report.plots import check_plots
@@ -26,6 +27,10 @@ _TARGET = cast("float", _RUN.forget_target)
 
 _NOT_REACHED = 3
 """Exit status of a run that ended above its forget target."""
+
+
+def _attack(asked: bool, batch_size: int, seed: int = 0) -> AttackConfig | None:
+    return AttackConfig(batch_size=batch_size, eval_batch_size=batch_size, seed=seed) if asked else None
 
 
 def demo(out: options.Out = Path("simu-demo"), seed: options.Seed = 0, force: options.Force = False) -> None:
@@ -84,6 +89,7 @@ def unlearn(
     load_in: options.LoadIn = None,
     save_as: options.SaveAs = "loaded",
     device: options.Device = None,
+    attack: options.Attack = False,
     force: options.Force = False,
 ) -> None:
     """Make a model forget: attribute, select, unlearn, evaluate, save. A killed run goes on when called again."""
@@ -134,6 +140,7 @@ def unlearn(
             config,
             loading=Loading(dtype, device, load_in),
             measuring=Measuring(batch_size, max_length),
+            attack=_attack(attack, batch_size, seed),
             save_as=save_as,
             force=force,
             progress=progress,
@@ -151,6 +158,7 @@ def evaluate(
     retain: options.Retain,
     reference: options.Reference = None,
     suite: options.Suite = None,
+    attack: options.Attack = False,
     real_authors: options.TofuRows = None,
     world_facts: options.TofuRows = None,
     out: options.OutFile = None,
@@ -175,6 +183,7 @@ def evaluate(
             out=out,
             loading=Loading(dtype, device),
             measuring=Measuring(batch_size, max_length, max_new_tokens),
+            attack=_attack(attack, batch_size),
             force=force,
             progress=progress,
             show=partial(show_text, console),

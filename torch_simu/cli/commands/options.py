@@ -50,6 +50,9 @@ Reference = Annotated[
     typer.Option(help="A model that never saw the forget set, or the file that --out wrote when it was measured."),
 ]
 Suite = Annotated[str | None, typer.Option(help=f"Also measure as a benchmark does: {', '.join(SUITES)}.")]
+Attack = Annotated[
+    bool, typer.Option("--attack", help="Also attack the models, as torch-simu attack does: what comes back?")
+]
 Out = Annotated[Path, typer.Option(help="Folder for the results; it must not exist yet.")]
 OutFile = Annotated[Path | None, typer.Option(help="File for the numbers, as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.")]

@@ -16,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from torch_simu.attribution import Attribution
 from torch_simu.neurons import NeuronSelection
+from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.data.examples import Example, encode
 from torch_simu.unlearning.data.rows import Row, rows_from_records
 from torch_simu.unlearning.data.tokenizer import pad_id
+from torch_simu.unlearning.demo.attacked import SHORT_ATTACK, back_note, plot_brought_back, relearned
 from torch_simu.unlearning.demo.fiction import make_corpus, make_tokenizer
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import Unlearned, unlearn
@@ -73,6 +75,8 @@ class DemoRecipe:
         training: How the model memorizes.
         unlearning: What all methods have in common.
         tuned: Method -> its own values of the configuration, say `lr`.
+        attack: How every model is taught a third of the forget rows again, to see what comes back of the others; None:
+            it is not.
     """
 
     num_forget: int = 20
@@ -85,6 +89,7 @@ class DemoRecipe:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=36))
     unlearning: UnlearnConfig = field(default_factory=_shared_choices)
     tuned: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: _TUNED)
+    attack: AttackConfig | None = field(default_factory=lambda: SHORT_ATTACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,7 @@ class DemoResult:
         if self.attribution is not None:
             plot_attribution(self.attribution, folder / "attribution.png")
             plots.append("attribution.png")
+        plots += plot_brought_back(self.report.methods, folder / "attack.png")
         for method, log in self.logs.items():
             write_log(folder / f"steps_{method}.jsonl", log)
         self.report.save(folder, plots)
@@ -177,9 +183,13 @@ def forget_by(
     config: UnlearnConfig,
     *,
     selection: NeuronSelection | None = None,
+    attack: AttackConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[MethodResult, Unlearned]:
-    """Make a copy of `base` forget by one method, and measure what it kept; `selection` as in `unlearn`."""
+    """Make a copy of `base` forget by one method, and measure what it kept; `selection` as in `unlearn`.
+
+    With an `attack`, also what relearning brings back.
+    """
     model = copy.deepcopy(base)
     done = unlearn(
         model,
@@ -192,7 +202,8 @@ def forget_by(
         progress=progress,
     )
     sets = measured(model, fiction)
-    return MethodResult(sets, done.changed_share, done.optimizer_bytes, done.seconds, done.steps), done
+    back = relearned(model, fiction.examples["forget"], attack, progress=progress)
+    return MethodResult(sets, done.changed_share, done.optimizer_bytes, done.seconds, done.steps, back), done
 
 
 def train_base(
@@ -239,7 +250,9 @@ def run_demo(
         started = time.perf_counter()
         model = train_base(fiction, recipe, seed, sets, progress=renamed(progress, lambda _: stage))
         seconds = time.perf_counter() - started
-        return model, MethodResult(measured(model, fiction), 0.0, 0, seconds, 0)
+        told = renamed(progress, f"{stage}: {{}}".format)
+        back = relearned(model, fiction.examples["forget"], recipe.attack, progress=told)
+        return model, MethodResult(measured(model, fiction), 0.0, 0, seconds, 0, back)
 
     base, before = trained("train", ("forget", "retain", "world"))
     results: dict[str, MethodResult] = {"before": before}
@@ -248,7 +261,7 @@ def run_demo(
     for method in methods:
         config = recipe.unlearning.updated(method=method, seed=seed, **recipe.tuned[method])
         told = renamed(progress, f"{method}: {{}}".format)
-        results[method], done = forget_by(base, fiction, config, progress=told)
+        results[method], done = forget_by(base, fiction, config, attack=recipe.attack, progress=told)
         attribution = done.attribution or attribution
         logs[method] = done.log
     results["retrained"] = trained("retrain", ("retain", "world"))[1]
@@ -271,6 +284,8 @@ def _notes(recipe: DemoRecipe, logs: Mapping[str, Sequence[Record]]) -> list[str
         f"{target}; `retrained` never saw them. World facts are in no batch.",
         "`random_neurons`, `all_neurons` and `attention_only` are controls: they say what choosing neurons is worth.",
     ]
+    if recipe.attack is not None:
+        notes.append(back_note(recipe.attack))
     if missed and target is not None:
         notes.append(f"Not reached within {recipe.unlearning.max_steps} steps by: {', '.join(missed)}.")
     return notes

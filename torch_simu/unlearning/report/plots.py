@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BINS = 256
+# Okabe and Ito: told apart also by people who see few colors.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+_MARKERS = "os^Dv"
+_LEAST_GAP = 0.055
 
 
 def plot_attribution(attribution: Attribution, path: str | Path, *, title: str = "Forget-set attribution") -> None:
@@ -87,6 +91,38 @@ def plot_curves(
     figure.savefig(path, dpi=130)
 
 
+def plot_attack(points: Mapping[str, tuple[float, float]], path: str | Path, *, kept: str) -> None:
+    """Draw what each method keeps against what an attack brings back: the best corner is the lower right one.
+
+    Args:
+        points: Method -> what it keeps, and the probability that comes back, both in [0, 1]. "before" and "retrained"
+            are drawn in black: what there was, and the floor.
+        path: Where the PNG goes.
+        kept: What is kept, for the axis.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure(7.0, 4.6)
+    axes = figure.add_subplot()
+    colors, markers = {"before": "black", "retrained": "black"}, {"before": "X", "retrained": "*"}
+    for number, method in enumerate(method for method in points if method not in colors):
+        colors[method], markers[method] = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    heights = _spread({method: back for method, (_, back) in points.items()})
+    for method, (share, back) in points.items():
+        axes.plot(share, back, marker=markers[method], markersize=7, color=colors[method], linestyle="none", zorder=3)
+        # Beside the axes, where no label covers a point; a thin line says which it belongs to.
+        axes.plot((share, 1.04), (back, heights[method]), color=colors[method], linewidth=0.5, alpha=0.6, clip_on=False)
+        axes.text(1.05, heights[method], method, color=colors[method], va="center", fontsize="small")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(kept)
+    axes.set_ylabel("probability after relearning")
+    axes.set_title("What is kept, and what comes back")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
 def check_plots() -> None:
     """Raise before the work begins when nothing could be drawn after it.
 
@@ -94,6 +130,19 @@ def check_plots() -> None:
         ImportError: If matplotlib is not installed.
     """
     _figure(1, 1)
+
+
+def _spread(wanted: Mapping[str, float]) -> dict[str, float]:
+    """Return heights for labels near those wanted, none nearer to the next than a line of text, from 0 upwards."""
+    found: dict[str, float] = {}
+    last = -_LEAST_GAP
+    for name in sorted(wanted, key=lambda each: wanted[each]):
+        last = found[name] = max(wanted[name], last + _LEAST_GAP)
+    # Down again from the top, where they were pushed over it.
+    above = 1.0 + _LEAST_GAP
+    for name in reversed(found):
+        above = found[name] = min(found[name], above - _LEAST_GAP)
+    return found
 
 
 def _figure(width: float, height: float) -> Figure:

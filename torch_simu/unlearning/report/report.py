@@ -24,6 +24,9 @@ MEASURES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """Measure of every set of a report -> title of its column, and what it is."""
 
+RELEARN = "relearn"
+"""The attack that has a column of its own, "back": what comes back of some forget rows when others are learned."""
+
 _PACKAGES = ("torch-simu", "torch", "transformers")
 
 
@@ -37,6 +40,8 @@ class MethodResult:
         optimizer_bytes: Bytes of the optimizer's state.
         seconds: Wall time.
         steps: Number of optimizer steps.
+        attack: Name of an attack -> "probability" and "es" of the forget rows that it was scored on, the largest that
+            it came to; see `torch_simu.unlearning.attack`.
     """
 
     sets: Mapping[str, Measures]
@@ -44,6 +49,7 @@ class MethodResult:
     optimizer_bytes: int | None = None
     seconds: float | None = None
     steps: int | None = None
+    attack: Mapping[str, Measures] | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the row as JSON knows it, without what is not known."""
@@ -56,7 +62,8 @@ class MethodResult:
             "seconds": None if self.seconds is None else round(self.seconds, 3),
             "steps": self.steps,
         }
-        return {**sets, **{name: value for name, value in costs.items() if value is not None}}
+        attack = {} if self.attack is None else {"attack": {name: dict(each) for name, each in self.attack.items()}}
+        return {**sets, **{name: value for name, value in costs.items() if value is not None}, **attack}
 
     def costs(self) -> dict[str, str]:
         """Return what is known of the work, in words: "changed", "state", "steps" and "seconds"."""
@@ -111,6 +118,10 @@ class Report:
         known = [result.costs() for result in self.methods.values()]
         return [name for name in ("changed", "state", "steps", "seconds") if any(name in costs for costs in known)]
 
+    def attacks(self) -> list[str]:
+        """Return the names of the attacks that were made on a method, in the order in which they come."""
+        return list(dict.fromkeys(name for result in self.methods.values() for name in result.attack or ()))
+
     def header(self) -> list[str]:
         """Return the titles of the table's columns."""
         sets = next(iter(self.methods.values())).sets
@@ -140,10 +151,31 @@ class Report:
             "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in self.rows()),
             "",
+            *self._attack_table(),
             *(f"{note}\n" for note in self.notes),
             *(f"![{Path(plot).stem.replace('_', ' ')}]({plot})\n" for plot in plots),
         ]
         return "\n".join(lines).rstrip() + "\n"
+
+    def _attack_table(self) -> list[str]:
+        names = self.attacks()
+        if not names:
+            return []
+        cells = [
+            [
+                f"{each['probability']:.3f} / {each['es']:.3f}" if (each := (result.attack or {}).get(name)) else ""
+                for name in names
+            ]
+            for result in self.methods.values()
+        ]
+        return [
+            "Forget rows that the attacker does not have, after each attack: prob. / ES, the largest that it came to.",
+            "",
+            "| " + " | ".join(["method", *names]) + " |",
+            "|" + "---|" * (len(names) + 1),
+            *("| " + " | ".join([method, *row]) + " |" for method, row in zip(self.methods, cells, strict=True)),
+            "",
+        ]
 
     def save(self, folder: Path, plots: Sequence[str] = ()) -> None:
         """Write `report.json` and `report.md` into a folder."""

@@ -1,0 +1,1 @@
+"""The attack of the command line: alone, and beside `evaluate` and `unlearn`."""

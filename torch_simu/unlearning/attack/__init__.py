@@ -1,0 +1,1 @@
+"""Attacks: what brings back a part of what a model has forgotten."""

@@ -1,0 +1,76 @@
+"""Teaching: AdamW on rows, and what it brings back of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.optim import AdamW
+
+from torch_simu.unlearning.attack.config import AttackConfig
+from torch_simu.unlearning.attack.copies import ModelCopy
+from torch_simu.unlearning.attack.result import AttackPoint, measure_scored
+from torch_simu.unlearning.attack.rows import check_unscored
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.objectives import mean_answer_nll
+
+_LARGEST_NORM = 1.0
+
+
+def teach(
+    copied: ModelCopy,
+    taught: Sequence[Example],
+    scored: Sequence[Example],
+    *,
+    config: AttackConfig,
+    pad_id: int = 0,
+    told: Callable[[int], None] | None = None,
+) -> list[AttackPoint]:
+    """Teach rows to a copy of a model, once for each rate, and measure the scored rows on the way.
+
+    AdamW without decay, the gradient clipped to norm 1, dropout off. A run whose gradient is not finite ends there:
+    what it came to before counts.
+
+    Args:
+        copied: The copy; it is left as the last step made it.
+        taught: Rows to learn.
+        scored: Rows to measure, none of them among `taught`.
+        config: Rates, steps and how often is measured.
+        pad_id: The token id to pad with.
+        told: Called with the number of steps that were made over all rates.
+
+    Returns:
+        The measurements, in order.
+
+    Raises:
+        ValueError: If a scored row is taught.
+    """
+    check_unscored(taught, scored)
+    batches = Batches(taught, min(config.batch_size, len(taught)), config.seed, pad_id)
+    points: list[AttackPoint] = []
+    for number, rate in enumerate(config.rates):
+        copied.restore()
+        optimizer = AdamW(copied.trained, lr=rate, weight_decay=0.0)
+        for step in range(1, config.steps + 1):
+            batch = {name: part.to(copied.model.device) for name, part in batches.batch(step - 1).items()}
+            with torch.enable_grad():
+                mean_answer_nll(copied.model, batch).backward()
+            norm = torch.nn.utils.clip_grad_norm_(copied.trained, _LARGEST_NORM)
+            if not math.isfinite(norm):
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % config.interval == 0 or step == config.steps:
+                point = measure_scored(
+                    copied.model, scored, batch_size=config.eval_batch_size, pad_id=pad_id, rate=rate, step=step
+                )
+                if not math.isfinite(point.probability):
+                    break
+                points.append(point)
+            if told is not None:
+                told(number * config.steps + step)
+        # Its moments would be a second copy beside those of the next rate.
+        del optimizer
+    return points
