@@ -32,9 +32,9 @@ def train(
             functional.cross_entropy(wrapped(inputs[part]), labels[part]).backward()
         inputs, labels = batch(1000 + step)
         functional.cross_entropy(wrapped(inputs[part]), labels[part]).backward()
-        balance.combine_(retain_weight=2.0)
         if optimizer.hessian_due:
             optimizer.update_curvature(hooks)
+        balance.combine_(retain_weight=2.0)
         optimizer.step()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.optim import Optimizer
 
 from torch_simu._checks import check_number, problem
 from torch_simu.optimizer.entries import Entry, Selected, aligned, entries_of, local, summed_over_shards
+from torch_simu.optimizer.stepping.trust import whitened
+
+_TINY = 1e-30
 
 
 class GradientBalance:
@@ -21,7 +25,10 @@ class GradientBalance:
     $$\max(\lVert r \rVert, \epsilon)\, \frac{f}{\lVert f \rVert} + \gamma\, r.$$
 
     So neither drowns the other, whatever the losses are. The floor $\epsilon$ keeps the forget gradient alive where
-    nothing is left to repair on the retain set. Norms are over trained entries only, in all shards.
+    nothing is left to repair on the retain set. Norms are over trained entries only, in all shards. What a
+    `SIMUOptimizer` whitens is balanced as it steps: layer by layer, with the norms of the whitened gradients, since the
+    inverse of the forget set's covariance makes a forget gradient much shorter than a retain gradient. Refresh the
+    curvature before `combine_` then.
 
     Args:
         optimizer: Any optimizer; of a `SIMUOptimizer` the selected entries count.
@@ -78,20 +85,48 @@ class GradientBalance:
             wrong = "No forget gradient was recorded"
             raise RuntimeError(problem(wrong, "a backward inside balance.forget()", "Call it before combine_."))
         forget, self._forget = list(self._forget.values()), {}
-        forget_norm, retain_norm = (_norm(entries) for entries in (forget, self._entries()))
+        retain = self._entries()
+        ratios, floor = self._ratios(forget, retain)
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     param.grad.mul_(retain_weight)
-        tiny = torch.finfo(torch.float32).tiny
-        scale = retain_norm.to(forget_norm).clamp(min=self._floor) / forget_norm.clamp(min=tiny)
-        for entry in forget:
+        for entry, ratio in zip(forget, ratios, strict=True):
             param = entry.param
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
             param.grad = aligned(param.grad, param)
             grad = local(param.grad)
-            entry.columns.add_(grad, (entry.grad * scale.to(entry.grad)).to(grad.dtype))
+            entry.columns.add_(grad, (entry.grad * (ratio * floor).to(entry.grad)).to(grad.dtype))
+
+    def _ratios(self, forget: Sequence[Entry], retain: Sequence[Entry]) -> tuple[list[Tensor], Tensor]:
+        """Return by how much each forget gradient is shorter than its retain gradient, and how far the floor lifts it.
+
+        Where the retain gradient is zero the forget gradient is brought to the length of the floor.
+        """
+        plain = [_norm(entries) for entries in (forget, retain)]
+        lifted = (self._floor / plain[1].clamp(min=_TINY)).clamp(min=1.0)
+        found = [plain[1].clamp(min=_TINY) / plain[0].clamp(min=_TINY)] * len(forget)
+        shares = {entry.param: entry for entry in retain}
+        places, grads = [], []
+        for place, entry in enumerate(forget):
+            own, other = self._state(entry.param), shares.get(entry.param)
+            if own is not None and other is not None:
+                places.append(place)
+                grads += [(entry.param, whitened(own[0], each, own[1])) for each in (entry, other)]
+        squares = summed_over_shards([grad.square().sum() for _, grad in grads], [param for param, _ in grads])
+        norms = [square.double().sqrt().clamp(min=_TINY) for square in squares]
+        for place, forget_norm, retain_norm in zip(places, norms[::2], norms[1::2], strict=True):
+            found[place] = retain_norm / forget_norm
+        return found, lifted
+
+    def _state(self, param: Tensor) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        """Return group and state of a parameter that is whitened; None where it is not, or not yet."""
+        state = self._optimizer.state.get(param, {})
+        if "neuron_factor" not in state:
+            return None
+        groups = self._optimizer.param_groups
+        return next((group, state) for group in groups if any(each is param for each in group["params"]))
 
     def _spread(self, param: Tensor) -> Tensor | None:
         """Return the forget gradient so far, as a backward adds to it."""
@@ -110,9 +145,9 @@ class GradientBalance:
         return list(entries_of(groups, range(len(groups)), self._selected))
 
 
-def _norm(entries: list[Entry]) -> Tensor:
+def _norm(entries: Sequence[Entry]) -> Tensor:
     if not entries:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float64)
     squares = [entry.grad.square().sum() for entry in entries]
     total = summed_over_shards(squares, [entry.param for entry in entries])
     return torch.stack([each.to(total[0].device, torch.float64) for each in total]).sum().sqrt()

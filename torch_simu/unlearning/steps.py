@@ -153,14 +153,14 @@ class Stepper:
         if not math.isfinite(record["loss"]):
             wrong = f"The loss of step {number + 1} is {record['loss']}"
             raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
+        if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):
+            optimizer.update_curvature(self.hooks)
+            record["refreshed"] = True
         if self.balance is not None:
             # First the retain gradient alone: its norm would take what is not finite into every parameter.
             _check_gradients(model, optimizer, number, lr)
             self.balance.combine_(retain_weight=retain_weight(found))
         _check_gradients(model, optimizer, number, lr)
-        if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):
-            optimizer.update_curvature(self.hooks)
-            record["refreshed"] = True
         optimizer.step()
         optimizer.zero_grad()
         diagonal = self.hooks is None and isinstance(optimizer, SIMUOptimizer)

@@ -35,14 +35,14 @@ def trust_entries(
         wrong = f"The curvature {group['curvature']!r} was never refreshed for these neurons"
         advice = "Call it before step whenever hessian_due says so."
         raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
-    directions = [_direction(group, entry, state) for entry, state in zip(entries, states, strict=True)]
+    directions = [whitened(group, entry, state) for entry, state in zip(entries, states, strict=True)]
     squares = [direction.square().sum() for direction in directions]
     norms = [each.sqrt() for each in summed_over_shards(squares, [entry.param for entry in entries])]
     for entry, state, direction, norm in zip(entries, states, directions, norms, strict=True):
         _step(group, entry, state, direction, norm, finite.to(norm.device) if isinstance(finite, Tensor) else True)
 
 
-def _direction(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -> Tensor:
+def whitened(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -> Tensor:
     """Return the whitened gradient, in the shape of the compact one."""
     grad = -entry.grad if group["maximize"] else entry.grad
     factor, outputs = state.get("neuron_factor"), state.get("output_factor")
