@@ -169,3 +169,20 @@ def test_a_file_is_replaced_by_force_only(files, tmp_path, capsys):  # noqa: F81
     assert_one_line(capsys, "Use --force")
     assert out.read_text() == "mine"
     assert call(*job, "--force") == 0 and json.loads(out.read_text())["methods"]
+
+
+def test_a_quantized_model_is_attacked_through_its_deltas_and_says_what_was_skipped(files, tmp_path, capsys):  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    quick = ["--load-in", "8bit", "--max-steps", 2, "--batch-size", 6, "--attack"]
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) in (0, NOT_REACHED)
+    methods = json.loads((out / "report.json").read_text())["methods"]
+    assert [set(method["attack"]) for method in methods.values()] == [{"relearn", "fine_tune", "few_shots"}] * 2
+    assert "The attack round_8bit was skipped: its weights are codes already." in (out / "report.md").read_text()
+    # The folder is attacked as it was written.
+    found = tmp_path / "attack.json"
+    job = ("attack", *options(files, "forget", model=out), "--attacks", "relearn", "--batch-size", 6)
+    assert call(*job, "--out", found) == 0
+    (changed,) = (row for name, row in methods.items() if name != "before")
+    again = json.loads(found.read_text())["methods"]["model"]["attack"]["relearn"]
+    assert again == pytest.approx(changed["attack"]["relearn"], abs=1e-3)

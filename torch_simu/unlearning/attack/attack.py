@@ -55,8 +55,8 @@ def attack_model(
         Name -> what the attack came to, in the order of `ATTACKS`.
 
     Raises:
-        ValueError: If the forget set has fewer than two different rows, an attack is unknown or has no rows, or a
-            scored row is taught.
+        ValueError: If the forget set has fewer than two different rows, an attack is unknown or has no rows, a scored
+            row is taught, or a weight of the model has no data or was packed for inference.
         DataError: If a row does not fit into the model.
     """
     config = AttackConfig() if config is None else config
