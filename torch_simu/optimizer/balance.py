@@ -65,11 +65,13 @@ class GradientBalance:
                 param.grad = grad
 
     @torch.no_grad()
-    def combine_(self, *, retain_weight: float | Tensor = 1.0) -> None:
+    def combine_(self, *, retain_weight: float | Tensor = 1.0, grad_scale: float | Tensor | None = None) -> None:
         r"""Let `.grad`, which holds the retain gradient, be the balanced sum.
 
         Args:
             retain_weight: $\gamma$, the weight of the retain gradient beside a forget gradient of the same norm.
+            grad_scale: Factor by which both losses were multiplied (a GradScaler's scale, say); None: 1. The floor is
+                multiplied, too.
 
         Raises:
             RuntimeError: If no backward ran inside a `forget` block since the last step.
@@ -84,7 +86,8 @@ class GradientBalance:
                 if param.grad is not None:
                     param.grad.mul_(retain_weight)
         tiny = torch.finfo(torch.float32).tiny
-        scale = retain_norm.to(forget_norm).clamp(min=self._floor) / forget_norm.clamp(min=tiny)
+        floor = self._floor * torch.as_tensor(1.0 if grad_scale is None else grad_scale, dtype=forget_norm.dtype)
+        scale = torch.maximum(retain_norm.to(forget_norm), floor.to(forget_norm)) / forget_norm.clamp(min=tiny)
         for entry in forget:
             param = entry.param
             if param.grad is None:
