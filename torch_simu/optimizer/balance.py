@@ -72,11 +72,13 @@ class GradientBalance:
                 param.grad = grad
 
     @torch.no_grad()
-    def combine_(self, *, retain_weight: float | Tensor = 1.0) -> None:
+    def combine_(self, *, retain_weight: float | Tensor = 1.0, grad_scale: float | Tensor | None = None) -> None:
         r"""Let `.grad`, which holds the retain gradient, be the balanced sum.
 
         Args:
             retain_weight: $\gamma$, the weight of the retain gradient beside a forget gradient of the same norm.
+            grad_scale: Factor by which both losses were multiplied (a GradScaler's scale, say); None: 1. The floor is
+                multiplied, too.
 
         Raises:
             RuntimeError: If no backward ran inside a `forget` block since the last step.
@@ -86,7 +88,7 @@ class GradientBalance:
             raise RuntimeError(problem(wrong, "a backward inside balance.forget()", "Call it before combine_."))
         forget, self._forget = list(self._forget.values()), {}
         retain = self._entries()
-        ratios, floor = self._ratios(forget, retain)
+        ratios, floor = self._ratios(forget, retain, 1.0 if grad_scale is None else grad_scale)
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -99,13 +101,15 @@ class GradientBalance:
             grad = local(param.grad)
             entry.columns.add_(grad, (entry.grad * (ratio * floor).to(entry.grad)).to(grad.dtype))
 
-    def _ratios(self, forget: Sequence[Entry], retain: Sequence[Entry]) -> tuple[list[Tensor], Tensor]:
+    def _ratios(
+        self, forget: Sequence[Entry], retain: Sequence[Entry], grad_scale: float | Tensor
+    ) -> tuple[list[Tensor], Tensor]:
         """Return by how much each forget gradient is shorter than its retain gradient, and how far the floor lifts it.
 
         Where the retain gradient is zero the forget gradient is brought to the length of the floor.
         """
         plain = [_norm(entries) for entries in (forget, retain)]
-        lifted = (self._floor / plain[1].clamp(min=_TINY)).clamp(min=1.0)
+        lifted = (self._floor * grad_scale / plain[1].clamp(min=_TINY)).clamp(min=1.0)
         found = [plain[1].clamp(min=_TINY) / plain[0].clamp(min=_TINY)] * len(forget)
         shares = {entry.param: entry for entry in retain}
         places, grads = [], []

@@ -88,8 +88,9 @@ class Refresh:
 
         Raises:
             TypeError: If there is no `SIMUOptimizer` in `optimizer`.
+            ValueError: If its curvature is another one, as a covariance from hooks.
         """
-        simu = find_simu_optimizer(optimizer)
+        simu = find_refreshed_optimizer(optimizer)
         if not simu.hessian_due:
             return False
         scaler = getattr(optimizer, "scaler", None)
@@ -154,6 +155,24 @@ def find_simu_optimizer(optimizer: object) -> SIMUOptimizer:
         advice = "Pass optimizer_cls_and_kwargs=(SIMUOptimizerFactory, {'selection': selection}) to the Trainer."
         raise TypeError(problem(wrong, "a SIMUOptimizer", advice))
     return found
+
+
+def find_refreshed_optimizer(optimizer: object) -> SIMUOptimizer:
+    """Return the `SIMUOptimizer` that `optimizer` is or wraps, if a `Refresh` is what refreshes its curvature.
+
+    Raises:
+        TypeError: If there is none.
+        ValueError: If its curvature is another one, as a covariance from hooks.
+    """
+    simu = find_simu_optimizer(optimizer)
+    found = {group["curvature"] for group in simu.param_groups}
+    if "gnb" not in found:
+        wrong = f"The optimizer has curvature {', '.join(map(repr, sorted(found)))}, which retain rows do not refresh"
+        advice = (
+            "Leave the refresh out: UnlearningTrainer refreshes covariances itself, in other loops CovarianceRefresh."
+        )
+        raise ValueError(problem(wrong, "'gnb'", advice))
+    return simu
 
 
 def _num_tokens(example: Example) -> int:

@@ -35,6 +35,7 @@ from torch_simu.unlearning.report.report import Measures, MethodResult, Report, 
 # from benchmarks/results/demo_tuning_cpu_202611.json.
 _TUNED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
+        "simu": {"lr": 0.04, "fraction": 1.0},
         "fo_graddiff": {"lr": 7e-5},
         "so_graddiff": {"lr": 5e-5, "rho": 100.0},
         "simu_graddiff": {"lr": 1e-3, "rho": 100.0},

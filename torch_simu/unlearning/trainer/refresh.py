@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from torch_simu.unlearning.refresh import Refresh, find_simu_optimizer
+from torch_simu.unlearning.refresh import Refresh, find_refreshed_optimizer
 
 
 class CurvatureRefresh(Refresh, TrainerCallback):
@@ -19,12 +19,13 @@ class CurvatureRefresh(Refresh, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Refuse an optimizer without curvature before the first step.
+        """Refuse an optimizer whose curvature is not refreshed on retain rows, before the first step.
 
         Raises:
             TypeError: If the Trainer has no `SIMUOptimizer`.
+            ValueError: If its curvature is another one, as a covariance from hooks.
         """
-        find_simu_optimizer(kwargs.get("optimizer"))
+        find_refreshed_optimizer(kwargs.get("optimizer"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from torch_simu._checks import problem
@@ -15,7 +17,8 @@ from torch_simu.deltas import attached_layers, trained_groups
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.data.pairs import PairCollator
-from torch_simu.unlearning.objectives import Objective
+from torch_simu.unlearning.objectives import Objective, Term
+from torch_simu.unlearning.trainer.gradients import StepGradients
 
 _UNITS = ("forget tokens", "retain tokens", "pairs")
 
@@ -83,23 +86,30 @@ class UnlearningTrainer(Trainer):
 
     Everything else is the Trainer's: schedules, logs, checkpoints, mixed precision, several devices. Each term of the
     objective is averaged over all micro-batches and processes of a step (see `Term.mean_over`), so a batch may be
-    split by gradient accumulation or over devices without changing the step. The objective makes one forward pass on
-    the forget rows and one on the retain rows before the backward pass.
+    split by gradient accumulation or over devices without changing the step. The forget term is differentiated before
+    the retain term is made, so one graph is held at a time.
+
+    Where the optimizer's curvature is a covariance ("neurons" or "both"), the trainer hooks what trains for as long as
+    `train` runs, and refreshes it from the forget rows before a step where it is due. A `CurvatureRefresh` is for
+    "gnb", on retain rows.
 
     The model is in train mode, as the Trainer sets it: switch dropout off in its configuration. The Trainer clips the
-    norm of the gradient, unselected entries included, unless `max_grad_norm=0`; a step of `SIMUOptimizer` is clipped
-    by itself. The deltas of a quantized model train as they are.
+    norm of the gradient, unselected entries included and balanced already, unless `max_grad_norm=0`; a step of
+    `SIMUOptimizer` is clipped by itself. The deltas of a quantized model train as they are.
 
     Args:
         model: As in `Trainer`.
         args: As in `Trainer`.
         objective: What is descended.
+        balance: Whether the forget gradient is brought to the norm of the retain gradient before each step; see
+            `torch_simu.optimizer.GradientBalance`.
         options: Those of `Trainer`: `train_dataset` (a `ForgetRetainPairs`), `optimizer_cls_and_kwargs` (see
             `SIMUOptimizerFactory`), `callbacks` (a `CurvatureRefresh`) and others. `data_collator` is a `PairCollator`
             unless given. An `eval_dataset` is a list of `Example`; its loss is the mean over scored tokens.
 
     Raises:
-        ValueError: When trained on rows that are not pairs.
+        ValueError: When trained on rows that are not pairs; or with `balance` and accumulation under FSDP2, which adds
+            up both gradients where they cannot be told apart.
     """
 
     # Both say that a loss is normalized over the whole step already: the first to this version, the second to others.
@@ -111,6 +121,7 @@ class UnlearningTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         objective: Objective,
+        balance: bool = False,
         **options: Any,
     ) -> None:
         options.setdefault("data_collator", PairCollator())
@@ -119,6 +130,17 @@ class UnlearningTrainer(Trainer):
         super().__init__(model, args, **options)
         self.model_accepts_loss_kwargs = True
         self.objective: Objective = objective
+        self.balance = balance
+        self._gradients: StepGradients | None = None
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as `Trainer.train` does; hooks are off the model afterwards, however it ends."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            if self._gradients is not None:
+                self._gradients.remove()
+            self._gradients = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -158,17 +180,66 @@ class UnlearningTrainer(Trainer):
                 raise ValueError(problem(wrong, "'forget' and 'retain'", "Take ForgetRetainPairs as train_dataset."))
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        losses = []
-        for term in self.objective.terms(cast("PreTrainedModel", model), inputs["forget"], inputs["retain"]):
-            loss = term.weight * term.loss
-            if isinstance(num_items_in_batch, Tensor):
-                unit = _UNITS.index(term.mean_over)
-                here, everywhere = _counts(inputs)[unit].to(loss.device), num_items_in_batch[unit].to(loss.device)
-                # The gradients of the processes are averaged, hence the factor.
-                loss = loss * here * self.accelerator.num_processes / everywhere
-            losses.append(loss)
+        losses = [term.weight * term.loss for term in self._terms(model, inputs, num_items_in_batch)]
         total = torch.stack(losses).sum()
         return (total, {}) if return_outputs else total
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Differentiate the terms on one micro-batch; behind the last one of a step, balance and refresh, too.
+
+        Before the Trainer clips the gradient, so that what is clipped is what the step takes.
+
+        Args:
+            model: The model, as the Trainer wrapped it.
+            inputs: As in `compute_loss`.
+            num_items_in_batch: As in `compute_loss`.
+
+        Returns:
+            The micro-batch's share of the loss.
+
+        Raises:
+            ValueError: If gradients are balanced and accumulated under FSDP2.
+        """
+        if "forget" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if self._gradients is None or self._gradients.optimizer is not self.optimizer:
+            self._gradients = self._made_gradients()
+        terms = self._terms(model, self._prepare_inputs(inputs), num_items_in_batch)
+        found = self._gradients.add(terms, backward=self.accelerator.backward, last=self.accelerator.sync_gradients)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return torch.stack([weight * loss for weight, loss in found.values()]).sum()
+
+    def _made_gradients(self) -> StepGradients:
+        if self._gradients is not None:
+            self._gradients.remove()
+        steps = self.args.gradient_accumulation_steps
+        synced = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        if self.balance and steps > 1 and self.accelerator.is_fsdp2 and not synced:
+            wrong = f"balance is True with gradient_accumulation_steps={steps} under FSDP2"
+            advice = 'Pass accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}.'
+            raise ValueError(problem(wrong, "gradients that are reduced in each micro-batch", advice))
+        return StepGradients(cast("nn.Module", self.model), cast("Optimizer", self.optimizer), balance=self.balance)
+
+    def _terms(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Iterator[Term]:
+        """Yield the terms of the objective, each with this micro-batch's share of the step as its loss."""
+        for term in self.objective.terms(cast("PreTrainedModel", model), inputs["forget"], inputs["retain"]):
+            if not isinstance(num_items_in_batch, Tensor):
+                yield term
+                continue
+            unit = _UNITS.index(term.mean_over)
+            here, everywhere = (each[unit].to(term.loss.device) for each in (_counts(inputs), num_items_in_batch))
+            # The gradients of the processes are averaged, hence the factor.
+            yield term._replace(loss=term.loss * here * self.accelerator.num_processes / everywhere)
 
 
 def _counts(batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
