@@ -68,13 +68,14 @@ class StepGradients:
         found = differentiate(terms, balance=self._balance, at=at, backward=backward)
         if not last:
             return found
+        if self._covariances is not None:
+            # First, because what is whitened is balanced by it.
+            self._covariances.before_step()
         if self._balance is not None:
             # Of accelerate, which multiplied both losses.
             scaler = getattr(self.optimizer, "scaler", None)
             scale = None if scaler is None else float(scaler.get_scale())
             self._balance.combine_(retain_weight=retain_weight(found), grad_scale=scale)
-        if self._covariances is not None:
-            self._covariances.before_step()
         return found
 
     def remove(self) -> None:
