@@ -51,6 +51,20 @@ def tuning(rows: Sequence[Row]) -> Iterator[Part]:
         yield part(f"mean retain EM of {method} at {said}, beside its best other try", mine, "at least", others)
 
 
+def lasting(rows: Sequence[Row]) -> Iterator[Part]:
+    """What the default keeps beside every other method, and what relearning brings back of it beside the paper's."""
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name not in NEVER_UNLEARNED]
+    for other in methods:
+        if other.startswith("simu") and other != "simu_graddiff":
+            continue
+        for name in SETS:
+            kept, bar = (averaged(rows, name, "whole", method=method) for method in ("simu", other))
+            yield part(f"mean share of {name} answers that are right, beside {other}", kept, "at least", bar)
+    ours, published = (averaged(rows, "back", "probability", method=method) for method in ("simu", "simu_graddiff"))
+    bar = None if published is None else published / 3
+    yield part("mean probability after relearning, beside a third of simu_graddiff's", ours, "at most", bar)
+
+
 def robustness(rows: Sequence[Row]) -> Iterator[Part]:
     """Mean extraction strength (ES) after rounding and after the most steps of relearning, method by method."""
     last = max((row.get("relearn_steps", 0) for row in rows), default=0)
