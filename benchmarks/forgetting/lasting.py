@@ -186,7 +186,8 @@ def main() -> None:
         write_result(
             out,
             force=True,
-            claim=f"lasting_{options.target}",
+            claim="lasting",
+            target=options.target,
             command=command(),
             environment=environment(),
             seeds=[each for each in options.seeds if any(row["seed"] == each for row in rows)],

@@ -37,7 +37,11 @@ def keeps_more(rows: Sequence[Row]) -> Iterator[Part]:
 
 def tuning(rows: Sequence[Row]) -> Iterator[Part]:
     """For each method, what the demo's choice keeps of the retain set, beside the best of the other tries."""
+    shown = {row["method"] for row in rows}
     for method, choice in DemoRecipe().tuned.items():
+        if method == "simu" and method not in shown:
+            # It was tuned beside the others of `lasting`.
+            continue
         tries: dict[bool, dict[tuple[object, ...], list[float]]] = {True: {}, False: {}}
         for row in rows:
             if row["method"] == method:

@@ -177,7 +177,7 @@ def attributions() -> Iterator[tuple[str, Call]]:
     for value in _NOT_COUNTS:
         yield f"steps={value!r}", lambda m, f, v=value: attribute(m, steps=v)
     for name in ("objective", "rule", "method"):
-        for value in ("nope", "", None, 3):
+        for value in ("nope", "", 0.5, 3):
             yield f"{name}={value!r}", lambda m, f, n=name, v=value: attribute(m, **{n: v})
     for value in ("nothing", "[", ["nope"], []):
         yield f"select={value!r}", lambda m, f, v=value: attribute(m, select=v)
@@ -256,7 +256,7 @@ def losses() -> Iterator[tuple[str, Call]]:
 def configurations() -> Iterator[tuple[str, Call]]:
     """Runs with options that are none."""
     for name in ("method", "objective", "rule", "scope", "attention"):
-        for value in ("nope", "", None, 3):
+        for value in ("nope", "", 0.5, 3):
             yield f"{name}={value!r}", lambda m, f, n=name, v=value: UnlearnConfig(**{n: v})
     for name in ("lr", "rho", "retain_weight"):
         for value in (-1, NAN, INF, "1", True):

@@ -108,14 +108,14 @@ def test_before_the_first_step_it_says_what_is_saved(
         patched.setattr("torch_simu.attribution.checkpoint._SECONDS", 0)
         interrupting(patched, sys.modules["torch_simu.unlearning.localization"], "check_complete")
         patched.setattr("torch_simu.attribution.checkpoint.Checkpoint.remove", lambda self: None)
-        found = run([*UNLEARN, "--max-steps", "2"], capsys)
+        found = run([*UNLEARN, "--max-steps", "2", "--fraction", "0.5"], capsys)
         assert found == (130, ["torch-simu: Interrupted. Call the same command again to go on within the attribution."])
     with monkeypatch.context() as patched:
         interrupting(patched, sys.modules["torch_simu.unlearning.driver"], "make_optimizer")
-        found = run([*UNLEARN, "--max-steps", "2"], capsys)
+        found = run([*UNLEARN, "--max-steps", "2", "--fraction", "0.5"], capsys)
         assert found == (130, ["torch-simu: Interrupted. Call the same command again to go on after the attribution."])
     # Outside of the work nothing is known but that results appear whole.
-    interrupting(monkeypatch, jobs, "load_rows")
+    interrupting(monkeypatch, measuring, "load_rows")
     status, (line,) = run([*UNLEARN, "--max-steps", "2"], capsys)
     assert status == 130 and line.endswith("it starts anew, unless its result is there.")
 
