@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.language import ROWS, tiny_model, word_tokenizer
-from torch_simu.cli import app, jobs
+from torch_simu.cli import app, jobs, measuring
 from torch_simu.cli.app import main
 
 ROOT = Path(__file__).parents[2]
