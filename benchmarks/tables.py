@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from statistics import mean, median
+from statistics import mean, median, stdev
+
+from scipy import stats
 
 from benchmarks.results import RESULTS
 
@@ -41,6 +43,30 @@ def kept(name: str) -> Iterator[str]:
         cells += [f"{100 * mean(row['changed_share'] for row in ours):.3g} %"]
         cells += [bytes_of(mean(row["optimizer_bytes"] for row in ours))]
         yield f"| {method} | {' | '.join(cells)} |"
+
+
+def lasting(target: str) -> Iterator[str]:
+    """What each method keeps, and what relearning brings back: means, with 95 % intervals over the seeds."""
+    result = loaded(f"lasting_{target}")
+    rows = result["rows"]
+    yield "| method | step size | steps | forget prob. | retain, whole | world, whole | relearned, prob. |"
+    yield "|---|---|---|---|---|---|---|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ours = [row for row in rows if row["method"] == method]
+        rate, counts = result["lr"].get(method), [row["steps"] for row in ours if "steps" in row]
+        cells = [f"{rate:g}" if rate else "", f"{mean(counts):.0f}" if counts else ""]
+        cells += [f"{mean(row['forget']['probability'] for row in ours):.3f}"]
+        cells += [interval([row[name]["whole"] for row in ours]) for name in ("retain", "world")]
+        cells += [interval([row["back"]["probability"] for row in ours])]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def interval(values: list[float]) -> str:
+    """The mean, and half the width of its 95 % interval by Student's distribution."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.3f} \u00b1 {half:.3f}"
 
 
 def steps(size: str, fraction: float, run: str = "optimizer_step") -> Iterator[str]:
@@ -217,6 +243,7 @@ TABLES = {
     "robustness": robustness,
     "deltas": deltas,
     "reliability": reliability,
+    "lasting_demo": lambda: lasting("demo"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 

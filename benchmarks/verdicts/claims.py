@@ -38,8 +38,8 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             forgetting.keeps_more,
         ),
         "demo_tuning": Claim(
-            "Step size and curvature scale of each of the demo's published methods are the best of eight by retain EM at "
-            "the forget target.",
+            "Step size and curvature scale of each of the demo's published methods are the best of eight by retain EM "
+            "at the forget target.",
             forgetting.tuning,
         ),
         "tofu_forget01": Claim(
