@@ -1,0 +1,306 @@
+"""A balanced and whitened step is the same in a Trainer, in a loop of accelerate and by the formulas, however split."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from unittest import mock
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from tests.unlearning.trainer.trainer_runs import (
+    FORGET,
+    RETAIN,
+    SEED,
+    STEPS,
+    assert_same,
+    make_model,
+    make_refresh,
+    make_selection,
+)
+from tests.unlearning.trainer.two_processes import run_two_processes
+from tests.unlearning.trainer.whitened_runs import (
+    OPTIONS,
+    RETAIN_WEIGHT,
+    TOLERANCE,
+    largest_difference,
+    make_whitened_trainer,
+    whitened_loop,
+)
+from torch_simu import SIMUOptimizer, register_neuron_hooks
+from torch_simu.hooks import NeuronHookError
+from torch_simu.optimizer import GradientBalance
+from torch_simu.unlearning.data.batches import Batches
+from torch_simu.unlearning.data.pairs import ForgetRetainPairs
+from torch_simu.unlearning.differentiate import differentiate, retain_weight
+from torch_simu.unlearning.objectives import GradDiff, Probability, Term
+from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
+from torch_simu.unlearning.trainer.gradients import StepGradients
+
+CURVATURES = ("neurons", "both")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Curvature -> the model behind the naive loop."""
+    models = {curvature: make_model() for curvature in CURVATURES}
+    for curvature, model in models.items():
+        whitened_loop(model, curvature)
+    return models
+
+
+def num_hooks(model):
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in model.modules())
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_a_trainer_makes_the_steps_of_the_naive_loop_in_any_micro_batches(tmp_path, expected, curvature, micro_batch):
+    model = make_model()
+    arguments = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+    make_whitened_trainer(model, tmp_path, curvature, **arguments).train()
+    assert largest_difference(model, expected[curvature]) < TOLERANCE < 1e-4 * largest_difference(model, make_model())
+
+
+def test_a_last_micro_batch_of_fewer_pairs_counts_as_its_tokens_do(tmp_path):
+    model, wanted = make_model(), make_model()
+    whitened_loop(wanted, "both", steps=1)
+    pairs = ForgetRetainPairs(FORGET, RETAIN, seed=SEED, num_pairs=4)
+    arguments = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 1}
+    make_whitened_trainer(model, tmp_path, "both", pairs=pairs, **arguments).train()
+    assert largest_difference(model, wanted) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_two_processes_with_micro_batches_make_the_steps_of_the_naive_loop(tmp_path, expected, curvature):
+    wanted = {name: value for name, value in expected[curvature].state_dict().items() if "down_proj" in name}
+    for found in run_two_processes(tmp_path, curvature):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def without_balance():
+    """A Trainer that forgets to balance: both gradients go into one sum."""
+
+    def forgets(terms, *, balance=None, **options):
+        return differentiate(terms, **options)
+
+    return (
+        mock.patch("torch_simu.unlearning.trainer.gradients.differentiate", forgets),
+        mock.patch.object(GradientBalance, "combine_", lambda self, **options: None),
+    )
+
+
+def on_all_rows():
+    """A Trainer whose hooks record the retain rows, too."""
+
+    def records(*arguments, recording, **options):
+        return register_neuron_hooks(*arguments, **options)
+
+    return (mock.patch("torch_simu.unlearning.trainer.covariances.register_neuron_hooks", records),)
+
+
+def on_retain_rows():
+    """A Trainer whose hooks record the retain rows instead of the forget rows."""
+    return (*on_all_rows(), mock.patch.object(CovarianceRefresh, "forget", lambda self: self._hooks.pause()))
+
+
+@pytest.mark.parametrize("mutant", [without_balance, on_all_rows, on_retain_rows])
+def test_a_wrong_step_is_seen(tmp_path, expected, mutant):
+    model = make_model()
+    with ExitStack() as patches:
+        for patch in mutant():
+            patches.enter_context(patch)
+        make_whitened_trainer(model, tmp_path, "both").train()
+    assert largest_difference(model, expected["both"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, stop):
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole, resumed = make_model(), make_model()
+    unbroken = make_whitened_trainer(whole, tmp_path, "both", **arguments)
+    unbroken.train()
+    trainer = make_whitened_trainer(resumed, tmp_path, "both", **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert trainer.state.global_step == STEPS
+    assert_same(resumed, trainer.optimizer, whole, unbroken.optimizer, exact=True)
+
+
+class Watcher(TrainerCallback):
+    """Counts hooks in each step, and breaks off a run."""
+
+    def __init__(self, model, stop=None):
+        self.model, self.stop, self.counts = model, stop, []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.counts.append(num_hooks(self.model))
+        if len(self.counts) == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_a_trainer_leaves_no_hooks_even_when_it_is_broken_off(tmp_path, stop):
+    model = make_model()
+    watcher = Watcher(model, stop)
+    trainer = make_whitened_trainer(model, tmp_path, "both", [watcher])
+    if stop is None:
+        trainer.train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    # On each of two layers, in front and behind.
+    assert watcher.counts == [4] * (stop or STEPS) and num_hooks(model) == 0
+
+
+def test_one_graph_is_held_at_a_time(tmp_path):
+    model, left = make_model(), []
+
+    class Logged(GradDiff):
+        def terms(self, model, forget, retain):
+            for number, term in enumerate(super().terms(model, forget, retain)):
+                if number:
+                    left.append(any(param.grad is not None for param in model.parameters()))
+                yield term
+
+    make_whitened_trainer(model, tmp_path, "both", objective=Logged(2.0), balance=False, max_steps=2).train()
+    assert left == [True, True]
+
+
+def balanced_gradient(model):
+    """The balanced gradient of the first step, by the functions that the driver steps with."""
+    batches = [Batches(*of).batch(0) for of in ((FORGET, 4, 3 * SEED), (RETAIN, 4, 3 * SEED + 1))]
+    balance = GradientBalance(torch.optim.SGD(model.parameters(), lr=1.0))
+    found = differentiate(Probability(RETAIN_WEIGHT).terms(model, *batches), balance=balance)
+    balance.combine_(retain_weight=retain_weight(found))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+def test_any_optimizer_is_balanced_and_the_balanced_gradient_is_clipped(tmp_path, max_grad_norm):
+    model, twin, before = make_model(), make_model(), make_model()
+    balanced_gradient(twin)
+    if max_grad_norm:
+        assert nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm) > 10 * max_grad_norm
+    trainer = make_whitened_trainer(model, tmp_path, "both", max_grad_norm=max_grad_norm, max_steps=1)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 1.0})
+    trainer.train()
+    for now, start, param in zip(model.parameters(), before.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(start - now, param.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_bfloat16_steps_are_near_those_of_full_precision(tmp_path):
+    models = [make_model().float() for _ in range(3)]
+    for model, options in zip(models, ({"bf16": True}, {"bf16": False}, {"balance": False}), strict=True):
+        make_whitened_trainer(model, tmp_path, "both", options={"state_dtype": torch.float32}, **options).train()
+    moved = largest_difference(models[1], make_model().float())
+    assert 0 < largest_difference(models[0], models[1]) < 0.1 * moved < largest_difference(models[2], models[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_an_accelerate_loop_makes_the_steps_of_the_naive_loop(expected, accumulation, curvature):
+    model = make_model()
+    groups = make_selection(model).param_groups(model, "frozen")
+    options = {**OPTIONS, "weight_decay": 0.1, "state_dtype": torch.float64}
+    optimizer = SIMUOptimizer(groups, curvature=curvature, **options)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with StepGradients(model, optimizer, balance=True) as gradients:
+        for step in range(STEPS):
+            for _ in range(accumulation):
+                with accelerator.accumulate(model):
+                    # The whole batch in each part: the gradient is its own mean.
+                    whole = [Batches(*of).batch(step) for of in ((FORGET, 4, 3 * SEED), (RETAIN, 4, 3 * SEED + 1))]
+                    terms = Probability(RETAIN_WEIGHT).terms(model, *whole)
+                    gradients.add(terms, backward=accelerator.backward, last=accelerator.sync_gradients)
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert largest_difference(model, expected[curvature]) < TOLERANCE
+    assert num_hooks(model) == 0
+
+
+class Scaled(Optimizer):
+    """A wrapper with a GradScaler, as accelerate's is on a GPU."""
+
+    def __init__(self, optimizer, scale):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+def test_the_scale_of_a_grad_scaler_changes_no_step():
+    found = []
+    for scale in (1.0, 1024.0):
+        layer = nn.Linear(4, 3, bias=False)
+        layer.weight.data.copy_(torch.arange(12).reshape(3, 4).sin())
+        inner = SIMUOptimizer([{"params": [layer.weight], "neurons": [[0, 2]]}], curvature="both", lr=0.1)
+        wrapped = Scaled(inner, scale)
+        rows, retain = torch.linspace(-1, 1, 12).reshape(3, 4), 1e-3 * torch.linspace(1, 3, 8).reshape(2, 4)
+
+        def terms(layer=layer, rows=rows, retain=retain):
+            yield Term("forget", -1.0, layer(rows).square().sum())
+            yield Term("retain", 2.0, layer(retain).square().sum())
+
+        with StepGradients(layer, wrapped, balance=True) as gradients:
+            gradients.add(terms(), backward=lambda loss, scaler=wrapped.scaler: scaler.scale(loss).backward())
+        wrapped.scaler.unscale_(inner)
+        inner.step()
+        found.append((layer.weight.detach(), layer.weight.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def small(curvature="both"):
+    layer = nn.Linear(4, 3)
+    return layer, SIMUOptimizer([{"params": [layer.weight, layer.bias]}], curvature=curvature)
+
+
+def test_accumulation_under_fsdp2_is_refused_where_gradients_are_balanced(tmp_path):
+    trainer = make_whitened_trainer(
+        make_model(), tmp_path, "both", per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    # Of the step alone, because the rest of the run would look for shards.
+    trainer.create_optimizer()
+    sharded = mock.patch.object(type(trainer.accelerator), "is_fsdp2", True)
+    with sharded, pytest.raises(ValueError, match="gradient_accumulation_steps=2 under FSDP2, expected grad"):
+        trainer.training_step(trainer.model, {"forget": {}, "retain": {}})
+
+
+def test_the_refreshes_of_both_kinds_of_curvature_are_not_mixed_up(tmp_path):
+    message = "curvature 'both', which retain rows do not refresh, expected 'gnb'. Leave the refresh out"
+    trainer = make_whitened_trainer(make_model(), tmp_path, "both", [make_refresh()])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    with pytest.raises(ValueError, match=message):
+        make_refresh().after_step(*small(), 0)
+    with pytest.raises(ValueError, match="The optimizer has curvature 'gnb', expected 'neurons' or 'both'"):
+        CovarianceRefresh(*small("gnb"))
+    with pytest.raises(TypeError, match="The optimizer is SGD, expected a SIMUOptimizer"):
+        CovarianceRefresh(nn.Linear(1, 1), torch.optim.SGD(nn.Linear(1, 1).parameters()))
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(ValueError, match=r"a weight of shape \(3, 4\) that is not in the model"):
+        CovarianceRefresh(nn.Linear(4, 3), small()[1])
+
+
+def test_a_refresh_says_when_nothing_was_differentiated_for_it():
+    with CovarianceRefresh(*small()) as covariances, pytest.raises(NeuronHookError, match="was never called"):
+        covariances.before_step()
+
+
+def test_only_what_trains_is_hooked():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    group = {"params": list(net.parameters()), "neurons": [[], [], [0, 2], None]}
+    with CovarianceRefresh(net, SIMUOptimizer([group], curvature="neurons")) as covariances:
+        with covariances.forget():
+            net(torch.ones(1, 4)).sum().backward()
+        assert {name: hooks.shape for name, hooks in covariances._hooks.items()} == {"1": (2, 2)}
+        assert covariances.before_step() and not covariances.before_step()
