@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from unittest import mock
 
-import accelerate
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from tests.unlearning.trainer.trainer_runs import (
@@ -20,26 +18,23 @@ from tests.unlearning.trainer.trainer_runs import (
     assert_same,
     make_model,
     make_refresh,
-    make_selection,
 )
 from tests.unlearning.trainer.two_processes import run_two_processes
 from tests.unlearning.trainer.whitened_runs import (
-    OPTIONS,
     RETAIN_WEIGHT,
     TOLERANCE,
     largest_difference,
     make_whitened_trainer,
+    num_hooks,
     whitened_loop,
 )
 from torch_simu import SIMUOptimizer, register_neuron_hooks
-from torch_simu.hooks import NeuronHookError
 from torch_simu.optimizer import GradientBalance
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.pairs import ForgetRetainPairs
 from torch_simu.unlearning.differentiate import differentiate, retain_weight
-from torch_simu.unlearning.objectives import GradDiff, Probability, Term
+from torch_simu.unlearning.objectives import GradDiff, Probability
 from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
-from torch_simu.unlearning.trainer.gradients import StepGradients
 
 CURVATURES = ("neurons", "both")
 
@@ -51,10 +46,6 @@ def expected():
     for curvature, model in models.items():
         whitened_loop(model, curvature)
     return models
-
-
-def num_hooks(model):
-    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in model.modules())
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -139,13 +130,13 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, stop):
 class Watcher(TrainerCallback):
     """Counts hooks in each step, and breaks off a run."""
 
-    def __init__(self, model, stop=None):
-        self.model, self.stop, self.counts = model, stop, []
+    def __init__(self, model, stop=None, error=KeyboardInterrupt):
+        self.model, self.stop, self.error, self.counts = model, stop, error, []
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.counts.append(num_hooks(self.model))
         if len(self.counts) == self.stop:
-            raise KeyboardInterrupt
+            raise self.error
 
 
 @pytest.mark.parametrize("stop", [None, 2])
@@ -160,6 +151,23 @@ def test_a_trainer_leaves_no_hooks_even_when_it_is_broken_off(tmp_path, stop):
             trainer.train()
     # On each of two layers, in front and behind.
     assert watcher.counts == [4] * (stop or STEPS) and num_hooks(model) == 0
+
+
+def test_a_run_that_starts_again_with_smaller_batches_hooks_once(tmp_path):
+    model = make_model()
+    watcher = Watcher(model, 2, RuntimeError("CUDA out of memory."))
+    make_whitened_trainer(model, tmp_path, "both", [watcher], auto_find_batch_size=True).train()
+    assert watcher.counts == [4] * (2 + STEPS) and num_hooks(model) == 0
+
+
+def test_the_cache_of_the_device_is_emptied_as_often_as_the_trainer_is_told(tmp_path):
+    counts = []
+    for every in (None, 2):
+        with mock.patch("accelerate.utils.memory.clear_device_cache") as emptied:
+            make_whitened_trainer(make_model(), tmp_path, "both", torch_empty_cache_steps=every).train()
+        counts.append(emptied.call_count)
+    # The Trainer itself empties it at the end of a run.
+    assert counts[1] - counts[0] == 3
 
 
 def test_one_graph_is_held_at_a_time(tmp_path):
@@ -205,63 +213,6 @@ def test_bfloat16_steps_are_near_those_of_full_precision(tmp_path):
     assert 0 < largest_difference(models[0], models[1]) < 0.1 * moved < largest_difference(models[2], models[1])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("curvature", CURVATURES)
-def test_an_accelerate_loop_makes_the_steps_of_the_naive_loop(expected, accumulation, curvature):
-    model = make_model()
-    groups = make_selection(model).param_groups(model, "frozen")
-    options = {**OPTIONS, "weight_decay": 0.1, "state_dtype": torch.float64}
-    optimizer = SIMUOptimizer(groups, curvature=curvature, **options)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    with StepGradients(model, optimizer, balance=True) as gradients:
-        for step in range(STEPS):
-            for _ in range(accumulation):
-                with accelerator.accumulate(model):
-                    # The whole batch in each part: the gradient is its own mean.
-                    whole = [Batches(*of).batch(step) for of in ((FORGET, 4, 3 * SEED), (RETAIN, 4, 3 * SEED + 1))]
-                    terms = Probability(RETAIN_WEIGHT).terms(model, *whole)
-                    gradients.add(terms, backward=accelerator.backward, last=accelerator.sync_gradients)
-                    optimizer.step()
-                    optimizer.zero_grad()
-    assert largest_difference(model, expected[curvature]) < TOLERANCE
-    assert num_hooks(model) == 0
-
-
-class Scaled(Optimizer):
-    """A wrapper with a GradScaler, as accelerate's is on a GPU."""
-
-    def __init__(self, optimizer, scale):
-        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-
-
-def test_the_scale_of_a_grad_scaler_changes_no_step():
-    found = []
-    for scale in (1.0, 1024.0):
-        layer = nn.Linear(4, 3, bias=False)
-        layer.weight.data.copy_(torch.arange(12).reshape(3, 4).sin())
-        inner = SIMUOptimizer([{"params": [layer.weight], "neurons": [[0, 2]]}], curvature="both", lr=0.1)
-        wrapped = Scaled(inner, scale)
-        rows, retain = torch.linspace(-1, 1, 12).reshape(3, 4), 1e-3 * torch.linspace(1, 3, 8).reshape(2, 4)
-
-        def terms(layer=layer, rows=rows, retain=retain):
-            yield Term("forget", -1.0, layer(rows).square().sum())
-            yield Term("retain", 2.0, layer(retain).square().sum())
-
-        with StepGradients(layer, wrapped, balance=True) as gradients:
-            gradients.add(terms(), backward=lambda loss, scaler=wrapped.scaler: scaler.scale(loss).backward())
-        wrapped.scaler.unscale_(inner)
-        inner.step()
-        found.append((layer.weight.detach(), layer.weight.grad))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-
-
-def small(curvature="both"):
-    layer = nn.Linear(4, 3)
-    return layer, SIMUOptimizer([{"params": [layer.weight, layer.bias]}], curvature=curvature)
-
-
 def test_accumulation_under_fsdp2_is_refused_where_gradients_are_balanced(tmp_path):
     trainer = make_whitened_trainer(
         make_model(), tmp_path, "both", per_device_train_batch_size=2, gradient_accumulation_steps=2
@@ -273,34 +224,20 @@ def test_accumulation_under_fsdp2_is_refused_where_gradients_are_balanced(tmp_pa
         trainer.training_step(trainer.model, {"forget": {}, "retain": {}})
 
 
-def test_the_refreshes_of_both_kinds_of_curvature_are_not_mixed_up(tmp_path):
-    message = "curvature 'both', which retain rows do not refresh, expected 'gnb'. Leave the refresh out"
+def test_a_refresh_on_retain_rows_beside_covariances_is_refused(tmp_path):
     trainer = make_whitened_trainer(make_model(), tmp_path, "both", [make_refresh()])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="'both', which retain rows do not refresh, expected 'gnb'. Leave the refresh"):
         trainer.train()
-    with pytest.raises(ValueError, match=message):
-        make_refresh().after_step(*small(), 0)
-    with pytest.raises(ValueError, match="The optimizer has curvature 'gnb', expected 'neurons' or 'both'"):
-        CovarianceRefresh(*small("gnb"))
-    with pytest.raises(TypeError, match="The optimizer is SGD, expected a SIMUOptimizer"):
-        CovarianceRefresh(nn.Linear(1, 1), torch.optim.SGD(nn.Linear(1, 1).parameters()))
 
 
-def test_weights_of_another_model_are_refused():
-    with pytest.raises(ValueError, match=r"a weight of shape \(3, 4\) that is not in the model"):
-        CovarianceRefresh(nn.Linear(4, 3), small()[1])
-
-
-def test_a_refresh_says_when_nothing_was_differentiated_for_it():
-    with CovarianceRefresh(*small()) as covariances, pytest.raises(NeuronHookError, match="was never called"):
-        covariances.before_step()
-
-
-def test_only_what_trains_is_hooked():
-    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    group = {"params": list(net.parameters()), "neurons": [[], [], [0, 2], None]}
-    with CovarianceRefresh(net, SIMUOptimizer([group], curvature="neurons")) as covariances:
-        with covariances.forget():
-            net(torch.ones(1, 4)).sum().backward()
-        assert {name: hooks.shape for name, hooks in covariances._hooks.items()} == {"1": (2, 2)}
-        assert covariances.before_step() and not covariances.before_step()
+def test_groups_of_both_kinds_are_refreshed_side_by_side(tmp_path):
+    model = make_model()
+    trainer = make_whitened_trainer(model, tmp_path, "both", [make_refresh()])
+    layers = model.requires_grad_(False).model.layers
+    params = [layers[0].mlp.down_proj.weight.requires_grad_(True), layers[1].mlp.down_proj.weight.requires_grad_(True)]
+    groups = [{"params": [params[0]], "curvature": "both"}, {"params": [params[1]]}]
+    trainer.optimizer = SIMUOptimizer(groups, lr=1e-3, hessian_interval=2)
+    trainer.train()
+    state = trainer.optimizer.state
+    assert "neuron_factor" in state[params[0]] and "hessian" not in state[params[0]]
+    assert state[params[1]]["hessian"].any() and "neuron_factor" not in state[params[1]]

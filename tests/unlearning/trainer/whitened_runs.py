@@ -97,3 +97,7 @@ def summed_gradients(model, layers, examples, step, seed, loss_of):
 def largest_difference(model, other):
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
+
+
+def num_hooks(model):
+    return sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in model.modules())

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -214,6 +213,8 @@ class UnlearningTrainer(Trainer):
         found = self._gradients.add(terms, backward=self.accelerator.backward, last=self.accelerator.sync_gradients)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
+            from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+
             clear_device_cache()
         return torch.stack([weight * loss for weight, loss in found.values()]).sum()
 
