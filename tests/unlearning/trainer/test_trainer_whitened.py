@@ -130,13 +130,13 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, stop):
 class Watcher(TrainerCallback):
     """Counts hooks in each step, and breaks off a run."""
 
-    def __init__(self, model, stop=None, error=KeyboardInterrupt):
-        self.model, self.stop, self.error, self.counts = model, stop, error, []
+    def __init__(self, model, stop=None):
+        self.model, self.stop, self.counts = model, stop, []
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.counts.append(num_hooks(self.model))
         if len(self.counts) == self.stop:
-            raise self.error
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stop", [None, 2])
@@ -153,11 +153,28 @@ def test_a_trainer_leaves_no_hooks_even_when_it_is_broken_off(tmp_path, stop):
     assert watcher.counts == [4] * (stop or STEPS) and num_hooks(model) == 0
 
 
-def test_a_run_that_starts_again_with_smaller_batches_hooks_once(tmp_path):
-    model = make_model()
-    watcher = Watcher(model, 2, RuntimeError("CUDA out of memory."))
-    make_whitened_trainer(model, tmp_path, "both", [watcher], auto_find_batch_size=True).train()
-    assert watcher.counts == [4] * (2 + STEPS) and num_hooks(model) == 0
+class OutOfMemory(TrainerCallback):
+    """Fails once, between the micro-batches of the first step."""
+
+    def __init__(self, model):
+        self.model, self.failed, self.counts = model, False, []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.counts.append(num_hooks(self.model))
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_run_that_starts_again_with_smaller_batches_is_one_that_started_with_them(tmp_path):
+    model, wanted = make_model(), make_model()
+    memory = OutOfMemory(model)
+    arguments = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    again = {"per_device_train_batch_size": 2, "auto_find_batch_size": True}
+    make_whitened_trainer(model, tmp_path, "both", [memory], **arguments, **again).train()
+    make_whitened_trainer(wanted, tmp_path, "both", **arguments, per_device_train_batch_size=1).train()
+    assert memory.counts == [4, 4, 4] and num_hooks(model) == 0
+    assert largest_difference(model, wanted) == 0
 
 
 def test_the_cache_of_the_device_is_emptied_as_often_as_the_trainer_is_told(tmp_path):
