@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import ExitStack
 from unittest import mock
 
@@ -175,6 +177,18 @@ def test_a_run_that_starts_again_with_smaller_batches_is_one_that_started_with_t
     make_whitened_trainer(wanted, tmp_path, "both", **arguments, per_device_train_batch_size=1).train()
     assert memory.counts == [4, 4, 4] and num_hooks(model) == 0
     assert largest_difference(model, wanted) == 0
+
+
+def test_a_trainer_is_freed_as_soon_as_nothing_refers_to_it(tmp_path):
+    trainer = make_whitened_trainer(make_model(), tmp_path, "both", max_steps=1)
+    trainer.train()
+    found = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert found() is None
+    finally:
+        gc.enable()
 
 
 def test_the_cache_of_the_device_is_emptied_as_often_as_the_trainer_is_told(tmp_path):

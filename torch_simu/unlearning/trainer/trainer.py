@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,8 @@ class UnlearningTrainer(Trainer):
         self.objective: Objective = objective
         self.balance = balance
         self._gradients: StepGradients | None = None
-        self.add_callback(_Afresh(self._drop_gradients))
+        # Weakly: a cycle would keep the model, and accelerate's hold of the loader, until garbage is collected.
+        self.add_callback(_Afresh(WeakMethod(self._drop_gradients)))
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as `Trainer.train` does; hooks are off the model afterwards, however it ends."""
@@ -255,14 +257,15 @@ class UnlearningTrainer(Trainer):
 class _Afresh(TrainerCallback):
     """Drops what a run that was broken off left, because the Trainer may start again by itself with smaller batches."""
 
-    def __init__(self, drop: Callable[[], None]) -> None:
+    def __init__(self, drop: WeakMethod[Callable[[], None]]) -> None:
         self._drop = drop
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Drop it."""
-        self._drop()
+        if (drop := self._drop()) is not None:
+            drop()
 
 
 def _counts(batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
