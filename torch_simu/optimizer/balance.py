@@ -66,7 +66,7 @@ class GradientBalance:
         try:
             yield
             # Only here, so that a backward that failed leaves what there was.
-            self._forget = {entry.param: entry for entry in self._entries()}
+            self._forget = {entry.param: _kept(entry) for entry in self._entries()}
         finally:
             for param, grad in zip(params, kept, strict=True):
                 param.grad = grad
@@ -147,6 +147,12 @@ class GradientBalance:
             for group in self._optimizer.param_groups
         ]
         return list(entries_of(groups, range(len(groups)), self._selected))
+
+
+def _kept(entry: Entry) -> Entry:
+    """Return an entry whose gradient shares no memory: buckets of DDP hold the next one in the same place."""
+    shares = entry.columns.indices is None and entry.grad.dtype == entry.param.dtype
+    return entry._replace(grad=entry.grad.clone()) if shares else entry
 
 
 def _norm(entries: Sequence[Entry]) -> Tensor:

@@ -71,6 +71,32 @@ def test_what_a_block_found_is_dropped_when_it_fails() -> None:
         balance.combine_()
 
 
+@pytest.mark.parametrize("neurons", [None, [0, 1]])
+def test_what_a_block_found_stays_when_its_memory_holds_the_next_gradient(neurons) -> None:
+    """As with `gradient_as_bucket_view` of DDP."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    balance = GradientBalance(SIMUOptimizer([{"params": [weight], "neurons": [neurons]}]))
+    with balance.forget():
+        (3 * weight[0, 0] + 4 * weight[0, 1]).backward()
+        bucket = weight.grad
+    weight.grad = bucket.zero_()
+    (2 * weight[1, 1]).backward()
+    balance.combine_()
+    torch.testing.assert_close(weight.grad, torch.tensor([[1.2, 1.6], [0.0, 2.0]]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_scale_of_both_losses_is_that_of_the_balanced_gradient(scale) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    balance = GradientBalance(torch.optim.SGD([weight], lr=1.0))
+    with balance.forget():
+        (scale * 5 * weight[0]).backward()
+    # Below the floor, which would play no part otherwise.
+    (scale * 0.01 * weight[1]).backward()
+    balance.combine_(retain_weight=2.0, grad_scale=scale)
+    torch.testing.assert_close(weight.grad / scale, torch.tensor([0.1, 0.02]))
+
+
 def test_a_step_uses_up_what_was_recorded() -> None:
     weight = nn.Parameter(torch.ones(1))
     balance = GradientBalance(torch.optim.SGD([weight], lr=1.0))

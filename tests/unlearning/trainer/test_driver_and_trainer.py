@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, SEED, STEPS, make_model, make_selection, make_trainer
+from tests.unlearning.trainer.whitened_runs import OPTIONS, TOLERANCE, largest_difference, make_whitened_trainer
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.driver import unlearn
 
@@ -44,3 +46,31 @@ def test_another_seed_of_the_refresh_makes_other_steps(tmp_path):
     make_trainer(trained, tmp_path, options={"state_dtype": torch.float32}, refresh_seed=SEED + 1).train()
     pairs = zip(driven.parameters(), trained.parameters(), strict=True)
     assert max((mine - theirs).abs().max().item() for mine, theirs in pairs) > 1e-5
+
+
+SIMU = CONFIG.updated(
+    method="simu", lr=OPTIONS["lr"], betas=OPTIONS["betas"], hessian_interval=OPTIONS["hessian_interval"]
+)
+
+
+@pytest.mark.parametrize(("attention", "micro_batch"), [("frozen", 2), ("frozen", 4), ("full", 4)])
+@pytest.mark.parametrize("curvature", ["neurons", "both"])
+def test_the_driver_and_the_trainer_make_the_same_whitened_steps(tmp_path, curvature, attention, micro_batch):
+    driven, trained, before = make_model(), make_model(), make_model()
+    config = SIMU.updated(curvature=curvature, attention=attention)
+    assert config.balance and config.objective == "probability"
+    log = unlearn(driven, FORGET, RETAIN, config=config, selection=make_selection(driven)).log
+    options = {"state_dtype": torch.float32}
+    arguments = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+    arguments["attention"] = attention
+    make_whitened_trainer(trained, tmp_path, curvature, options=options, **arguments).train()
+    assert [record.get("refreshed", False) for record in log] == [True, False, True, False, True]
+    assert largest_difference(driven, trained) < TOLERANCE < 1e-4 * largest_difference(driven, before)
+
+
+def test_a_trainer_without_balance_makes_other_steps_than_the_driver(tmp_path):
+    """The mutant: the method's balance forgotten."""
+    driven, trained = make_model(), make_model()
+    unlearn(driven, FORGET, RETAIN, config=SIMU, selection=make_selection(driven))
+    make_whitened_trainer(trained, tmp_path, "both", options={"state_dtype": torch.float32}, balance=False).train()
+    assert largest_difference(driven, trained) > 100 * TOLERANCE

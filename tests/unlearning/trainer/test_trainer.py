@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -28,6 +21,7 @@ from tests.unlearning.trainer.trainer_runs import (
     make_trainer,
     plain_loop,
 )
+from tests.unlearning.trainer.two_processes import run_two_processes
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import collate
@@ -181,23 +175,9 @@ def test_an_accelerate_loop_makes_the_steps_of_a_plain_loop(expected, accumulati
 
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path, expected):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script, root = Path(__file__).with_name("two_processes.py"), str(Path(__file__).parents[3])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": root}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
     model, optimizer = expected
     wanted = {name: value for name, value in model.state_dict().items() if "down_proj" in name}
-    for rank in range(2):
-        found = load_file(tmp_path / f"rank{rank}.safetensors")
+    for found in run_two_processes(tmp_path, "gnb"):
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
         for number, entry in enumerate(optimizer.state.values()):

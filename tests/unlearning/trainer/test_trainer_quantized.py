@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests.cli.test_cli import files  # noqa: F401 (a fixture)
 from tests.models import tiny
-from tests.unlearning.trainer.trainer_runs import STEPS, make_selection, make_trainer
+from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, SEED, STEPS, make_selection, make_trainer
+from tests.unlearning.trainer.whitened_runs import OPTIONS, make_whitened_trainer
 from torch_simu import NeuronSelection, attach_deltas
 from torch_simu.bitsandbytes.layers import fingerprint
 from torch_simu.cli.loading import load_model
 from torch_simu.deltas import attached_layers
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.trainer.trainer import allow_quantized_training
 
 
@@ -32,19 +36,48 @@ def model(tmp_path, files):  # noqa: F811
     return load
 
 
-def test_a_trainer_trains_deltas_and_resumes_with_the_bits_of_an_unbroken_run(model, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("curvature", ["gnb", "neurons", "both"])
+def test_a_trainer_trains_deltas_and_resumes_with_the_bits_of_an_unbroken_run(model, tmp_path, curvature):
+    arguments = {"save_strategy": "steps", "save_steps": 2}
+
+    def make(model):
+        if curvature == "gnb":
+            return make_trainer(model, tmp_path / "run", **arguments)
+        return make_whitened_trainer(model, tmp_path / "run", curvature, **arguments)
+
     whole = model()
     codes = {name: fingerprint(layer) for name, layer in attached_layers(whole).items()}
-    make_trainer(whole, tmp_path / "run", **options).train()
+    make(whole).train()
     resumed = model()
-    trainer = make_trainer(resumed, tmp_path / "run", **options)
+    trainer = make(resumed)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert trainer.state.global_step == STEPS
     for name, layer in attached_layers(whole).items():
         assert layer.delta.any()
         assert torch.equal(layer.delta, attached_layers(resumed)[name].delta)
         assert fingerprint(layer) == codes[name]
+
+
+@pytest.mark.parametrize("curvature", ["neurons", "both"])
+def test_the_driver_and_the_trainer_make_the_same_whitened_steps_of_deltas(model, tmp_path, curvature, monkeypatch):
+    driven, trained = model(attach=False), model()
+    config = UnlearnConfig(
+        **OPTIONS,
+        curvature=curvature,
+        weight_decay=0.1,
+        forget_batch_size=4,
+        retain_batch_size=4,
+        max_steps=STEPS,
+        forget_target=None,
+        seed=SEED,
+    )
+    unlearn(driven, FORGET, RETAIN, config=config, selection=make_selection(driven))
+    # In train mode bitsandbytes rounds no activations on a CPU, and the driver never sets it.
+    monkeypatch.setattr(trained, "train", lambda mode=True: nn.Module.train(trained, False))
+    make_whitened_trainer(trained, tmp_path, curvature, options={"state_dtype": torch.float32}).train()
+    for name, layer in attached_layers(trained).items():
+        assert layer.delta.any()
+        torch.testing.assert_close(attached_layers(driven)[name].delta, layer.delta, rtol=1e-4, atol=1e-8)
 
 
 def test_codes_without_deltas_cannot_be_trained(model):

@@ -58,6 +58,7 @@ def make_trainer(
     pairs=None,
     options=None,
     refresh_seed=SEED,
+    balance=False,
     **arguments,
 ):
     defaults = {
@@ -74,13 +75,16 @@ def make_trainer(
         "logging_strategy": "no",
     }
     options = {"selection": make_selection(model), "attention": attention, **OPTIONS, **(options or {})}
+    # Covariances need no callback.
+    refreshes = [] if options.get("curvature") in ("neurons", "both") else [make_refresh(seed=refresh_seed)]
     return UnlearningTrainer(
         model,
         TrainingArguments(str(folder), **{**defaults, **arguments}),
         objective=objective or GradDiff(2.0),
         train_dataset=pairs or ForgetRetainPairs(FORGET, RETAIN, seed=SEED, num_pairs=4 * STEPS),
         optimizer_cls_and_kwargs=(SIMUOptimizerFactory, options),
-        callbacks=[make_refresh(seed=refresh_seed), *callbacks],
+        callbacks=[*refreshes, *callbacks],
+        balance=balance,
     )
 
 

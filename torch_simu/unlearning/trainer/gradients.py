@@ -45,7 +45,7 @@ class StepGradients:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, balance: bool = False) -> None:
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self._balance = GradientBalance(optimizer) if balance else None
         self._covariances = CovarianceRefresh(model, optimizer) if whitened_groups(optimizer) else None
 
@@ -73,7 +73,7 @@ class StepGradients:
             self._covariances.before_step()
         if self._balance is not None:
             # Of accelerate, which multiplied both losses.
-            scaler = getattr(self.optimizer, "scaler", None)
+            scaler = getattr(self._optimizer, "scaler", None)
             scale = None if scaler is None else float(scaler.get_scale())
             self._balance.combine_(retain_weight=retain_weight(found), grad_scale=scale)
         return found

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
+from weakref import WeakMethod
 
 import torch
-from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from torch_simu._checks import problem
 from torch_simu.curvature import IGNORED
@@ -132,15 +139,15 @@ class UnlearningTrainer(Trainer):
         self.objective: Objective = objective
         self.balance = balance
         self._gradients: StepGradients | None = None
+        # Weakly: a cycle would keep the model, and accelerate's hold of the loader, until garbage is collected.
+        self.add_callback(_Afresh(WeakMethod(self._drop_gradients)))
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as `Trainer.train` does; hooks are off the model afterwards, however it ends."""
         try:
             return super().train(*args, **options)
         finally:
-            if self._gradients is not None:
-                self._gradients.remove()
-            self._gradients = None
+            self._drop_gradients()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -208,18 +215,18 @@ class UnlearningTrainer(Trainer):
         if "forget" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if self._gradients is None or self._gradients.optimizer is not self.optimizer:
+        if self._gradients is None:
             self._gradients = self._made_gradients()
         terms = self._terms(model, self._prepare_inputs(inputs), num_items_in_batch)
         found = self._gradients.add(terms, backward=self.accelerator.backward, last=self.accelerator.sync_gradients)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
+            from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+
             clear_device_cache()
         return torch.stack([weight * loss for weight, loss in found.values()]).sum()
 
     def _made_gradients(self) -> StepGradients:
-        if self._gradients is not None:
-            self._gradients.remove()
         steps = self.args.gradient_accumulation_steps
         synced = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         if self.balance and steps > 1 and self.accelerator.is_fsdp2 and not synced:
@@ -227,6 +234,11 @@ class UnlearningTrainer(Trainer):
             advice = 'Pass accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}.'
             raise ValueError(problem(wrong, "gradients that are reduced in each micro-batch", advice))
         return StepGradients(cast("nn.Module", self.model), cast("Optimizer", self.optimizer), balance=self.balance)
+
+    def _drop_gradients(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+        self._gradients = None
 
     def _terms(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
@@ -240,6 +252,20 @@ class UnlearningTrainer(Trainer):
             here, everywhere = (each[unit].to(term.loss.device) for each in (_counts(inputs), num_items_in_batch))
             # The gradients of the processes are averaged, hence the factor.
             yield term._replace(loss=term.loss * here * self.accelerator.num_processes / everywhere)
+
+
+class _Afresh(TrainerCallback):
+    """Drops what a run that was broken off left, because the Trainer may start again by itself with smaller batches."""
+
+    def __init__(self, drop: WeakMethod[Callable[[], None]]) -> None:
+        self._drop = drop
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Drop it."""
+        if (drop := self._drop()) is not None:
+            drop()
 
 
 def _counts(batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
