@@ -62,16 +62,18 @@ class DenseWhitened:
             self.covariances[side] = found if before is None else beta2 * before + (1 - beta2) * found
         self.norm = self.weight[:, self.neurons].norm()
 
-    def step(self, grad: Tensor) -> None:
-        """One update of momentum and weight."""
-        o = self.options
+    def whitened(self, grad: Tensor) -> Tensor:
+        """The selected columns of a gradient, times the inverses of the damped covariances."""
         inverses = [
             torch.linalg.inv(each + self.damping * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype))
             for each in self.covariances
         ]
         found = grad[:, self.neurons] @ inverses[0]
-        if len(inverses) > 1:
-            found = inverses[1] @ found
+        return inverses[1] @ found if len(inverses) > 1 else found
+
+    def step(self, grad: Tensor) -> None:
+        """One update of momentum and weight."""
+        o, found = self.options, self.whitened(grad)
         self.m = o.beta1 * self.m + (1 - o.beta1) * found / found.norm()
         kept = self.weight[:, self.neurons] * (1 - o.lr * o.weight_decay)
         self.weight[:, self.neurons] = kept - o.lr * self.norm * self.m

@@ -53,7 +53,7 @@ class Scaled(Optimizer):
     """A wrapper with a GradScaler, as accelerate's is on a GPU."""
 
     def __init__(self, optimizer, scale):
-        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
 

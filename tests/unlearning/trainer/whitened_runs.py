@@ -37,7 +37,7 @@ def make_whitened_trainer(model, folder, curvature, callbacks=(), options=None, 
 
 
 def whitened_loop(model, curvature, steps=STEPS):
-    """One row at a time, unpadded; a norm over all selected entries, and inverses of dense covariances."""
+    """One row at a time, unpadded; inverses of dense covariances, and gradients balanced behind them."""
     selection = make_selection(model)
     layers = {name: model.get_submodule(name) for name in selection}
     columns = {name: selection[name].tolist() for name in selection}
@@ -49,13 +49,13 @@ def whitened_loop(model, curvature, steps=STEPS):
     for step in range(steps):
         forget, seen = summed_gradients(model, layers, FORGET, step, 3 * SEED, token_probability)
         retain, _ = summed_gradients(model, layers, RETAIN, step, 3 * SEED + 1, token_nll)
-        norms = [
-            torch.cat([each[name][:, columns[name]].flatten() for name in layers]).norm() for each in (forget, retain)
-        ]
+        # How far the floor lifts a forget gradient beside a retain gradient that has faded.
+        lift = max(1.0, 0.1 / torch.cat([retain[name][:, columns[name]].flatten() for name in layers]).norm().item())
         for name, oracle in oracles.items():
             if step % INTERVAL == 0:
                 oracle.refresh(*seen[name])
-            oracle.step(max(norms[1].item(), 0.1) * forget[name] / norms[0] + RETAIN_WEIGHT * retain[name])
+            lengths = [oracle.whitened(each[name]).norm() for each in (forget, retain)]
+            oracle.step(lift * lengths[1] / lengths[0] * forget[name] + RETAIN_WEIGHT * retain[name])
             layers[name].weight.data.copy_(oracle.weight)
 
 
