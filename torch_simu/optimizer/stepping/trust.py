@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch_simu._checks import problem
 from torch_simu.columns import NeuronDim
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
-from torch_simu.optimizer.stepping.writing import selected_weight, step_size, write_weight
+from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
 from torch_simu.optimizer.storage import read, write
-from torch_simu.whitening import trust_step_, whiten
+from torch_simu.whitening import trust_step_, trust_update_, whiten
 
 
 def trust_entries(
@@ -36,7 +36,7 @@ def trust_entries(
         advice = "Call it before step whenever hessian_due says so."
         raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
     directions = [_direction(group, entry, state) for entry, state in zip(entries, states, strict=True)]
-    squares = [direction.square().sum() for direction in directions]
+    squares = [_square_norm(direction) for direction in directions]
     norms = [each.sqrt() for each in summed_over_shards(squares, [entry.param for entry in entries])]
     for entry, state, direction, norm in zip(entries, states, directions, norms, strict=True):
         _step(group, entry, state, direction, norm, finite.to(norm.device) if isinstance(finite, Tensor) else True)
@@ -60,6 +60,13 @@ def _direction(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any])
     return local(distribute_tensor(whole, spread.device_mesh, spread.placements, src_data_rank=None))
 
 
+def _square_norm(direction: Tensor) -> Tensor:
+    # By rows first: in one pass the float32 sum of a large layer is wrong in the fourth digit, and squares that are
+    # written out cost more than the sum. A shard may be without rows.
+    rows = torch.linalg.vector_norm(direction, dim=-1) if direction.dim() else direction
+    return torch.linalg.vector_norm(rows).square()
+
+
 def neurons_last(matrix: Tensor, dim: NeuronDim) -> Tensor:
     """Return a weight, or what has its shape, as `(d_model, num_selected)`; applied twice it is as it was."""
     return matrix if dim in (-1, 1) else matrix.T
@@ -77,17 +84,17 @@ def _step(
     if isinstance(finite, Tensor):
         # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
         direction, norm = torch.where(finite, direction, exp_avg), torch.where(finite, norm, 1.0)
-    weight = selected_weight(entry, state)
-    trust_step_(
-        weight,
-        direction,
-        exp_avg,
-        lr=step_size(group["lr"], finite),
-        beta1=group["betas"][0],
-        direction_norm=norm,
-        weight_norm=state["weight_norm"].to(weight),
-        weight_decay=group["weight_decay"],
-    )
-    write_weight(group, entry, weight, finite)
+    options: dict[str, Any] = {
+        "lr": step_size(group["lr"], finite),
+        "beta1": group["betas"][0],
+        "direction_norm": norm,
+        "weight_norm": state["weight_norm"].to(direction),
+    }
+    if adds(group, entry, state, finite):
+        entry.add(trust_update_(direction, exp_avg, **{**options, "lr": -options["lr"]}))
+    else:
+        weight = selected_weight(entry, state)
+        trust_step_(weight, direction, exp_avg, weight_decay=group["weight_decay"], **options)
+        write_weight(group, entry, weight, finite)
     write(state, "exp_avg", exp_avg)
     state["step"] += finite if isinstance(finite, Tensor) else 1
