@@ -88,10 +88,11 @@ def whiten(grad: Tensor, neuron_factor: Tensor | None, output_factor: Tensor | N
 
 
 def _solved(matrix: Tensor, factor: Tensor) -> Tensor:
-    """Return the solution $X$ of $X L L^T = M$, laid out in memory as `matrix`."""
+    """Return the solution $X$ of $X L L^T = M$."""
     if matrix.device.type != "cpu":
         half = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
-        return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        solution: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        return solution
     # Substitution by blocks, whose diagonal ones alone are inverted: products that take matrices as they lie. On a
     # processor the solvers of torch make transposed copies, and take two to three times as long.
     starts = range(0, len(factor), _BLOCK)

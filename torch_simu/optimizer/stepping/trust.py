@@ -64,7 +64,8 @@ def _square_norm(direction: Tensor) -> Tensor:
     # By rows first: in one pass the float32 sum of a large layer is wrong in the fourth digit, and squares that are
     # written out cost more than the sum. A shard may be without rows.
     rows = torch.linalg.vector_norm(direction, dim=-1) if direction.dim() else direction
-    return torch.linalg.vector_norm(rows).square()
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm.square()
 
 
 def neurons_last(matrix: Tensor, dim: NeuronDim) -> Tensor:
