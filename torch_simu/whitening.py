@@ -102,16 +102,17 @@ def _solved(matrix: Tensor, factor: Tensor) -> Tensor:
     for block in blocks:
         own = factor[block, block]
         inverses.append(torch.linalg.solve_triangular(own, eye[: len(own), : len(own)], upper=False))
+    # What it holds is multiplied by beta=0, which makes nothing of it, whatever it is.
     result = torch.empty_like(matrix)
     for block, inverse in zip(blocks, inverses, strict=True):
         before, rest = slice(0, block.start), matrix[:, block]
         if block.start:
             rest = torch.addmm(rest, result[:, before], factor[block, before].mT, alpha=-1)
-        torch.mm(rest, inverse.mT, out=result[:, block])
+        result[:, block].addmm_(rest, inverse.mT, beta=0)
     for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
         behind = slice(block.stop, None)
         rest = torch.addmm(result[:, block], result[:, behind], factor[behind, block], alpha=-1)
-        torch.mm(rest, inverse, out=result[:, block])
+        result[:, block].addmm_(rest, inverse, beta=0)
     return result
 
 
