@@ -33,8 +33,9 @@ def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
     damped = covariance.clone()
     # The floor is for neurons that are silent at every position.
     damped.diagonal().add_((damping * mean).clamp(min=_FLOOR))
-    # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero.
-    factor: Tensor = torch.linalg.cholesky_ex(damped).L
+    # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero. By rows, as formats
+    # of checkpoints bring it back: the last bits of a solve depend on how it lies in memory.
+    factor: Tensor = torch.linalg.cholesky_ex(damped).L.contiguous()
     return factor
 
 

@@ -14,6 +14,7 @@ from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.columns import neurons_first
 from torch_simu.hooks import NeuronHookError, NeuronHooks
 from torch_simu.layers import neuron_dim
+from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
 from torch_simu.optimizer.storage import FACTORS
 from torch_simu.whitening import damped_cholesky, undamped
@@ -135,9 +136,10 @@ def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, fi
         if covariance is None:
             continue
         covariance = torch.where(chosen, covariance, 0)
-        mixed = torch.lerp(undamped(state[key], damping=damping), covariance, 1 - beta2) if key in state else covariance
+        before = None if unrefreshed(trained.group) else state.get(key)
+        mixed = covariance if before is None else torch.lerp(undamped(before, damping=damping), covariance, 1 - beta2)
         factor = damped_cholesky(mixed, damping=damping)
-        state[key] = torch.where(chosen, factor, state[key]) if key in state else factor
+        state[key] = factor if before is None else torch.where(chosen, factor, before)
     state["weight_norm"] = weight_norm(trained.entry, trained)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,35 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torch_simu._checks import problem
 from torch_simu.columns import NeuronDim
+from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
 from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
-from torch_simu.optimizer.storage import read, write
+from torch_simu.optimizer.storage import FACTORS, read, write
 from torch_simu.whitening import trust_step_, trust_update_, whiten
+
+
+def waits_for_state(group: Mapping[str, Any]) -> bool:
+    """Say whether a step is of size zero before any refresh.
+
+    So torch.distributed.checkpoint makes the state of a new optimizer, before it loads into it.
+    """
+    if not unrefreshed(group):
+        return False
+    lr = group["lr"]
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
+
+
+def make_room(group: Mapping[str, Any], entries: Sequence[Entry], states: Sequence[dict[str, Any]]) -> None:
+    """Put zeros into the state where a refresh puts factors and the norm of the weights."""
+    for entry, state in zip(entries, states, strict=True):
+        state["weight_norm"] = entry.grad.new_zeros(())
+        if entry.param.dim() != 2:
+            continue
+        dim = cast("int", group["neuron_dim"]) % 2
+        # Of all outputs, also where this process holds some of their rows only; neurons are whole in every process.
+        sizes = (entry.grad.shape[dim], entry.param.shape[1 - dim])
+        for key, size in zip(FACTORS[: 2 if group["curvature"] == "both" else 1], sizes, strict=False):
+            state[key] = entry.grad.new_zeros(size, size)
 
 
 def trust_entries(
@@ -31,7 +56,7 @@ def trust_entries(
     Raises:
         RuntimeError: If the curvature was never refreshed.
     """
-    if any("weight_norm" not in state for state in states):
+    if unrefreshed(group) or any("weight_norm" not in state for state in states):
         wrong = f"The curvature {group['curvature']!r} was never refreshed for these neurons"
         advice = "Call it before step whenever hessian_due says so."
         raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
