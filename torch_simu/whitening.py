@@ -35,7 +35,7 @@ def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
     damped.diagonal().add_((damping * mean).clamp(min=_FLOOR))
     # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero. By rows, as formats
     # of checkpoints bring it back: the last bits of a solve depend on how it lies in memory.
-    factor: Tensor = torch.linalg.cholesky_ex(damped).L.contiguous()
+    factor: Tensor = torch.linalg.cholesky_ex(damped).L.clone(memory_format=torch.contiguous_format)
     return factor
 
 
