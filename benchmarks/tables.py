@@ -90,6 +90,31 @@ def memory(size: str, fraction: float) -> Iterator[str]:
             yield f"| {row['optimizer']} | {bytes_of(row['state_bytes'])} | {row['state_ratio']:.2f} | {peak} |"
 
 
+def whitened() -> Iterator[str]:
+    """Step, refreshes and state of the whitened curvatures beside the diagonal one, at several shares of neurons."""
+    result = loaded("optimizer_whitened")
+    held = {(row["fraction"], row["curvature"]): row["bytes"] for row in result["rows"] if row["what"] == "state"}
+    yield "| neurons | curvature | step over diagonal | refreshes in 100 steps over steps | state | over diagonal |"
+    yield "|---|---|---|---|---|---|"
+    for row in result["ratios"]:
+        fraction, name = row["fraction"], row["curvature"]
+        own, layers = held[fraction, name], next(r["layers"] for r in result["rows"] if r.get("fraction") == fraction)
+        cells = [f"{row['step_over_diagonal']:.2f}", f"{row['refreshes_in_100_steps_over_steps']:.0%}"]
+        cells += [f"{bytes_of(own / layers)} a layer", f"{own / held[fraction, 'diagonal']:.2f}"]
+        yield f"| {fraction:.0%} | {name} | {' | '.join(cells)} |"
+
+
+def whitened_solves() -> Iterator[str]:
+    """Ways to solve the step of one layer: best time, and the errors beside float64."""
+    yield "| neurons | damping | way | processor time | relative error | residual |"
+    yield "|---|---|---|---|---|---|"
+    for row in loaded("optimizer_whitened")["rows"]:
+        if row["what"] == "solve":
+            best = f"{min(row['processor_milliseconds']):.2f} ms"
+            errors = f"{row['relative_error']:.1e} | {row['residual']:.1e}"
+            yield f"| {row['fraction']:.0%} | {row['damping']:g} | {row['way']} | {best} | {errors} |"
+
+
 def methods() -> Iterator[str]:
     """Seconds of each method of attribution, best of the repeats, and how far it is from one pass per prefix."""
     result = loaded("attribution")
@@ -234,6 +259,8 @@ TABLES = {
     "tofu_forget01": lambda: kept("tofu_forget01"),
     "optimizer_step": lambda: steps("bar", 0.05),
     "optimizer_step_second": lambda: steps("bar", 0.05, "optimizer_step_second"),
+    "optimizer_whitened": whitened,
+    "optimizer_whitened_solves": whitened_solves,
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
     "knockout": knockout,

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch_simu._checks import problem
 
 _FLOOR = 1e-12
+_BLOCK = 64
+"""Columns of a block of a triangular solve on a processor: a multiple of its vectors, and small beside a layer."""
 
 
 def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
@@ -31,8 +33,9 @@ def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
     damped = covariance.clone()
     # The floor is for neurons that are silent at every position.
     damped.diagonal().add_((damping * mean).clamp(min=_FLOOR))
-    # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero.
-    factor: Tensor = torch.linalg.cholesky_ex(damped).L
+    # Without the check of the factor, which would wait for a GPU: damping keeps it away from zero. By rows, as formats
+    # of checkpoints bring it back: the last bits of a solve depend on how it lies in memory.
+    factor: Tensor = torch.linalg.cholesky_ex(damped).L.clone(memory_format=torch.contiguous_format)
     return factor
 
 
@@ -79,9 +82,39 @@ def whiten(grad: Tensor, neuron_factor: Tensor | None, output_factor: Tensor | N
         size = grad.shape[0] if size is None else size
         if factor is not None and factor.shape != (size, size):
             raise ValueError(problem(f"{name} has shape {tuple(factor.shape)}", f"{(size, size)}"))
-    if neuron_factor is not None:
-        grad = torch.cholesky_solve(grad.T, neuron_factor).T
-    return grad if output_factor is None else torch.cholesky_solve(grad, output_factor)
+    # The outputs first: their solve takes a gradient by rows as it lies, and returns it so.
+    if output_factor is not None:
+        grad = _solved(grad.mT, output_factor).mT
+    return grad if neuron_factor is None else _solved(grad, neuron_factor)
+
+
+def _solved(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Return the solution $X$ of $X L L^T = M$."""
+    if matrix.device.type != "cpu":
+        half = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
+        solution: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        return solution
+    # Substitution by blocks, whose diagonal ones alone are inverted: products that take matrices as they lie. On a
+    # processor the solvers of torch make transposed copies, and take two to three times as long.
+    starts = range(0, len(factor), _BLOCK)
+    blocks = [slice(start, min(start + _BLOCK, len(factor))) for start in starts]
+    eye = torch.eye(min(_BLOCK, len(factor)), dtype=factor.dtype)
+    inverses = []
+    for block in blocks:
+        own = factor[block, block]
+        inverses.append(torch.linalg.solve_triangular(own, eye[: len(own), : len(own)], upper=False))
+    # What it holds is multiplied by beta=0, which makes nothing of it, whatever it is.
+    result = torch.empty_like(matrix)
+    for block, inverse in zip(blocks, inverses, strict=True):
+        before, rest = slice(0, block.start), matrix[:, block]
+        if block.start:
+            rest = torch.addmm(rest, result[:, before], factor[block, before].mT, alpha=-1)
+        result[:, block].addmm_(rest, inverse.mT, beta=0)
+    for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
+        behind = slice(block.stop, None)
+        rest = torch.addmm(result[:, block], result[:, behind], factor[behind, block], alpha=-1)
+        result[:, block].addmm_(rest, inverse, beta=0)
+    return result
 
 
 def trust_step_(
@@ -125,8 +158,39 @@ def trust_step_(
     for name, tensor in (("direction", direction), ("exp_avg", exp_avg)):
         if tensor.shape != weight.shape:
             raise ValueError(problem(f"{name} has shape {tuple(tensor.shape)}", f"{tuple(weight.shape)} as weight"))
-    tiny = torch.finfo(direction.dtype).tiny
-    exp_avg.lerp_(direction / direction_norm.clamp(min=tiny), 1 - beta1)
+    update = trust_update_(
+        direction, exp_avg, lr=lr, beta1=beta1, direction_norm=direction_norm, weight_norm=weight_norm
+    )
     if weight_decay != 0:
         weight.mul_(1 - lr * weight_decay)
-    weight.sub_(exp_avg * (lr * weight_norm))
+    weight.sub_(update)
+
+
+def trust_update_(
+    direction: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    direction_norm: Tensor,
+    weight_norm: Tensor,
+) -> Tensor:
+    r"""Advance the momentum in place and return what a trust step without decay subtracts from the weights.
+
+    Args:
+        direction: Whitened gradient $g$.
+        exp_avg: Momentum $m$, changed in place. Shape: as `direction`.
+        lr: Step size $\eta$; negated, it gives what is to be added.
+        beta1: Decay of the momentum.
+        direction_norm: $\lVert g \rVert$.
+        weight_norm: $\lVert w \rVert$.
+
+    Examples:
+        >>> zero, norms = torch.zeros(1, 2), {"direction_norm": torch.tensor(2.0), "weight_norm": torch.tensor(5.0)}
+        >>> trust_update_(torch.tensor([[0.0, 2.0]]), zero, lr=0.1, beta1=0.0, **norms)
+        tensor([[0.0000, 0.5000]])
+    """
+    tiny = torch.finfo(direction.dtype).tiny
+    unit = direction / direction_norm.clamp(min=tiny)
+    exp_avg.lerp_(unit, 1 - beta1)
+    return torch.mul(exp_avg, lr * weight_norm, out=unit)

@@ -29,3 +29,12 @@ def memory(rows: Sequence[Row]) -> Iterator[Part]:
     for name in ("simu", "simu_compact"):
         ratios = [row["state_ratio"] for row in rows if row["optimizer"] == name and "state_ratio" in row]
         yield part(f"state of {name} over two compact moments", max(ratios, default=None), "at most", 1.02)
+
+
+def whitened(rows: Sequence[Row]) -> Iterator[Part]:
+    """Best time of a whitened step over that of a diagonal one, on the clock and of the processor."""
+    found = {row["curvature"]: row for row in rows if (row["what"], row["fraction"]) == ("step", 0.05)}
+    for key, name in (("processor_milliseconds", "processor time"), ("milliseconds", "time on the clock")):
+        known = {"neurons", "diagonal"} <= found.keys()
+        ratio = min(found["neurons"][key]) / min(found["diagonal"][key]) if known else None
+        yield part(f"{name} of a step whitened by its neurons, over the diagonal one", ratio, "at most", 2)

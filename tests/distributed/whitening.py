@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,6 +88,36 @@ def whitened_shards_resume(rank: int, folder: Path) -> None:
     assert_same(resumed, other, whole, optimizer, rtol=0, atol=0)
 
 
+def _checkpoint(model: nn.Module, optimizer: SIMUOptimizer, options: StateDictOptions) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+
+
+def whitened_checkpoints_resume(rank: int, folder: Path) -> None:
+    """Saved and loaded by torch.distributed.checkpoint, and once more from what was loaded, runs go on bit by bit."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    for curvature in ("neurons", "both"):
+        model = sharded()
+        optimizer = make_optimizer(model, curvature=curvature, **OPTIONS)
+        train(model, model, optimizer, 0, 3, half(rank))
+        run = model, optimizer
+        for number in range(2):
+            place = folder / f"{curvature}{number}"
+            dcp.save(_checkpoint(*run, options), checkpoint_id=place)
+            twin = sharded(seed=1)
+            resumed = make_optimizer(twin, curvature=curvature, **OPTIONS)
+            # Makes the state of the new optimizer, which loading fills.
+            state = _checkpoint(twin, resumed, options)
+            dcp.load(state, checkpoint_id=place)
+            twin.load_state_dict(state["model"])
+            set_optimizer_state_dict(twin, resumed, state["optimizer"], options=options)
+            assert resumed.hessian_due == run[1].hessian_due
+            assert_same(twin, resumed, *run, rtol=0, atol=0)
+            for each in (run, (twin, resumed)):
+                train(each[0], *each, 3 + number, 4 + number, half(rank))
+            assert_same(twin, resumed, *run, rtol=0, atol=0)
+            run = twin, resumed
+
+
 def whitening_alone_is_found(rank: int, folder: Path) -> None:
     """A process that takes the norm of its own shard, or the covariance of its own rows, breaks the law."""
     alone = mock.patch("torch_simu.optimizer.stepping.trust.summed_over_shards", lambda values, params: list(values))
@@ -105,5 +142,6 @@ SCENARIOS = [
     whitened_ddp_equals_one_process,
     whitened_fsdp2_equals_one_process,
     whitened_shards_resume,
+    whitened_checkpoints_resume,
     whitening_alone_is_found,
 ]

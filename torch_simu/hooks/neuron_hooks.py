@@ -91,6 +91,17 @@ class NeuronHooks(Mapping[str, Tensor]):
         """Return of which neurons a covariance is, in order; None: of all. Shape: `(num_selected,)`."""
         return self._records[layer].neurons
 
+    def places(self, layer: str, neurons: Tensor) -> Tensor | None:
+        """Return where some neurons are among those that a covariance is of; None: they are not all there.
+
+        Waits for the device only when it is asked of other neurons than the last time.
+
+        Args:
+            layer: Name of the layer.
+            neurons: In any order. Shape: `(num,)`.
+        """
+        return self._records[layer].places(neurons)
+
     def num_positions(self, layer: str) -> Tensor:
         """Return over how many positions a covariance is, as a scalar on the device.
 

@@ -35,6 +35,11 @@ def _products(activation: Tensor, gradient: Tensor) -> Tensor:
     return kept.T @ kept
 
 
+def _holds(own: Tensor, places: Tensor, neurons: Tensor) -> bool:
+    """Say whether `own` has these neurons at these places."""
+    return len(own) > 0 and torch.equal(own.index_select(0, places.clamp(max=len(own) - 1)), neurons)
+
+
 class NeuronHookError(RuntimeError):
     """A hooked layer has nothing to give: not called, not reached by a backward, or called in a way that fails."""
 
@@ -54,6 +59,7 @@ class LayerRecord:
         "closed",
         "kept",
         "layer",
+        "matched",
         "neurons",
         "num_calls",
         "num_calls_without_grad",
@@ -66,6 +72,8 @@ class LayerRecord:
         self, layer: str, reduce: str | Reduction | None, accum_dtype: torch.dtype, neurons: Tensor | None = None
     ) -> None:
         self.layer, self.reduce, self.accum_dtype, self.neurons = layer, reduce, accum_dtype, neurons
+        # The neurons that were looked for last, and where they are.
+        self.matched: tuple[Tensor, int, Tensor | None] | None = None
         self.closed = False
         self.reset()
 
@@ -76,6 +84,19 @@ class LayerRecord:
         # Positions behind a covariance, counted where it is.
         self.num_positions: Tensor | None = None
         self.kept: list[tuple[int, Tensor]] = []
+
+    def places(self, neurons: Tensor) -> Tensor | None:
+        """Return where some neurons are among those of the covariance; None: they are not all there."""
+        if self.neurons is None:
+            return neurons
+        # Looking at them waits for a GPU, so the same tensor is looked at once: it is kept, so that no other one takes
+        # its place in memory, and its version tells when it was changed.
+        if self.matched is None or self.matched[0] is not neurons or self.matched[1] != neurons._version:
+            own = self.neurons.to(neurons.device)
+            found = torch.searchsorted(own, neurons)
+            fits = not len(neurons) or _holds(own, found, neurons)
+            self.matched = neurons, neurons._version, found if fits else None
+        return self.matched[2]
 
     def add(self, number: int, activation: Tensor, gradient: Tensor) -> None:
         """Take in what one backward through the layer's `number`-th call found.

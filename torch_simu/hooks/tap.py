@@ -80,8 +80,11 @@ class InputTap:
         return value
 
     def positions(self, tensor: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the positions of an input, or of its gradient, that count. Shape: `(num_positions, num_neurons)`."""
-        return _positions(tensor, self.dim, mask)
+        """Return the positions of an input, or of its gradient, that count. Shape: `(num_positions, num_neurons)`.
+
+        On a GPU those that do not count are zeros where sums are made of them.
+        """
+        return positions(tensor, self.dim, mask, pick=_picks(tensor, self.record))
 
 
 class OutputTap:
@@ -106,7 +109,7 @@ class OutputTap:
         def meet(gradient: Tensor) -> None:
             if not self.record.closed:
                 with torch.no_grad():
-                    found = _positions(gradient, self.dim, mask)
+                    found = positions(gradient, self.dim, mask, pick=_picks(gradient, self.record))
                     self.record.add(number, found, found)
 
         if output.requires_grad:
@@ -114,9 +117,25 @@ class OutputTap:
             output.register_hook(meet)
 
 
-def _positions(tensor: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+def positions(tensor: Tensor, dim: int, mask: Tensor | None, *, pick: bool) -> Tensor:
+    """Return the positions that count, or all of them, with zeros for those that do not.
+
+    Args:
+        tensor: An activation or a gradient.
+        dim: Its neurons.
+        mask: Which positions count; None: all.
+        pick: Whether to leave the others out; on a GPU this waits for how many there are.
+    """
     flat = rearrange(tensor.detach().movedim(dim, -1), "... neuron -> (...) neuron")
-    return flat if mask is None else flat[mask.to(flat.device).flatten()]
+    if mask is None:
+        return flat
+    counts = mask.to(flat.device).flatten()
+    return flat[counts] if pick else torch.where(counts.unsqueeze(-1), flat, 0)
+
+
+def _picks(tensor: Tensor, record: LayerRecord) -> bool:
+    # A sum is the same without them and with zeros for them, and a processor is faster without.
+    return tensor.is_cpu or not isinstance(record.reduce, str)
 
 
 class _Tap(torch.autograd.Function):

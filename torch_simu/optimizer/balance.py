@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from torch_simu._checks import check_number, problem
 from torch_simu.optimizer.entries import Entry, Selected, aligned, entries_of, local, summed_over_shards
-from torch_simu.optimizer.stepping.trust import whitened
+from torch_simu.optimizer.stepping.trust import square_norm, whitened
 
 _TINY = 1e-30
 
@@ -118,7 +118,7 @@ class GradientBalance:
             if own is not None and other is not None:
                 places.append(place)
                 grads += [(entry.param, whitened(own[0], each, own[1])) for each in (entry, other)]
-        squares = summed_over_shards([grad.square().sum() for _, grad in grads], [param for param, _ in grads])
+        squares = summed_over_shards([square_norm(grad) for _, grad in grads], [param for param, _ in grads])
         norms = [square.double().sqrt().clamp(min=_TINY) for square in squares]
         for place, forget_norm, retain_norm in zip(places, norms[::2], norms[1::2], strict=True):
             found[place] = retain_norm / forget_norm
@@ -158,6 +158,6 @@ def _kept(entry: Entry) -> Entry:
 def _norm(entries: Sequence[Entry]) -> Tensor:
     if not entries:
         return torch.zeros((), dtype=torch.float64)
-    squares = [entry.grad.square().sum() for entry in entries]
+    squares = [square_norm(entry.grad) for entry in entries]
     total = summed_over_shards(squares, [entry.param for entry in entries])
     return torch.stack([each.to(total[0].device, torch.float64) for each in total]).sum().sqrt()

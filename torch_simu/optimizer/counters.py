@@ -27,6 +27,11 @@ def schedule_refresh(group: dict[str, Any], refreshed: Tensor | bool) -> None:
     _set_next(group, group["num_steps"] + group["hessian_interval"], refreshed)
 
 
+def unrefreshed(group: Mapping[str, Any]) -> bool:
+    """Say whether a group that needs a refresh before its first step had none; its counters are on the host then."""
+    return not isinstance(group["next_refresh"], Tensor) and group["next_refresh"] == 0
+
+
 def make_due(group: dict[str, Any]) -> None:
     """Let a refresh be due now."""
     _set_next(group, group["num_steps"], True)

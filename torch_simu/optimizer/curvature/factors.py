@@ -14,6 +14,7 @@ from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.columns import neurons_first
 from torch_simu.hooks import NeuronHookError, NeuronHooks
 from torch_simu.layers import neuron_dim
+from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
 from torch_simu.optimizer.storage import FACTORS
 from torch_simu.whitening import damped_cholesky, undamped
@@ -67,13 +68,14 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             wrong = f"No hook sees the layer of a parameter that trains, of shape {shape}"
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
-        indices = entry.columns.indices
-        columns = torch.arange(shape[dim], device=local(param).device) if indices is None else indices
-        if _is_delta(param, layer):
-            columns = cast("Tensor", layer.idx)[columns]
-        elif dim % 2 != cast("int", neuron_dim(layer)) % 2:
+        indices, delta = entry.columns.indices, _is_delta(param, layer)
+        if not delta and dim % 2 != cast("int", neuron_dim(layer)) % 2:
             wrong = f"The optimizer selects outputs of layer {name!r}"
             raise ValueError(problem(wrong, "neurons, which are its inputs", 'Take curvature="gnb" for that group.'))
+        if indices is None:
+            columns = cast("Tensor", layer.idx) if delta else torch.arange(shape[dim], device=local(param).device)
+        else:
+            columns = cast("Tensor", layer.idx).index_select(0, indices) if delta else indices
         yield Trained(entry, group, layer, name, columns)
 
 
@@ -99,7 +101,7 @@ def covariances(
         sides = [grad.new_zeros(each, each) for each in ((size, width) if both else (size,))]
         count = torch.zeros((), dtype=torch.int64, device=grad.device)
         if has:
-            places = _places(trained, hooks.neurons(trained.name))
+            places = _places(trained, hooks)
             total = hooks[trained.name]
             places = places.to(total.device)
             sides[0] = total.index_select(0, places).index_select(1, places).to(grad)
@@ -127,14 +129,17 @@ def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, fi
     Where no position was reached, or `finite` is false, a factor stays what it was.
     """
     beta2, damping = trained.group["betas"][1], trained.group["damping"]
-    chosen = (found.num_positions > 0) & finite
+    # A model may be spread over several devices, and one of them says whether all is finite.
+    chosen = found.num_positions > 0
+    chosen = chosen & (finite.to(chosen.device) if isinstance(finite, Tensor) else finite)
     for key, covariance in zip(FACTORS, (found.neurons, found.outputs), strict=True):
         if covariance is None:
             continue
         covariance = torch.where(chosen, covariance, 0)
-        mixed = torch.lerp(undamped(state[key], damping=damping), covariance, 1 - beta2) if key in state else covariance
+        before = None if unrefreshed(trained.group) else state.get(key)
+        mixed = covariance if before is None else torch.lerp(undamped(before, damping=damping), covariance, 1 - beta2)
         factor = damped_cholesky(mixed, damping=damping)
-        state[key] = torch.where(chosen, factor, state[key]) if key in state else factor
+        state[key] = factor if before is None else torch.where(chosen, factor, before)
     state["weight_norm"] = weight_norm(trained.entry, trained)
 
 
@@ -163,15 +168,16 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
     raise AssertionError(layer)
 
 
-def _places(trained: Trained, seen: Tensor | None) -> Tensor:
-    """Return where the neurons that train are among those that a hook saw; None: it saw all."""
-    if seen is None:
-        return trained.neurons
-    seen = seen.to(trained.neurons.device)
-    places = torch.searchsorted(seen, trained.neurons)
-    fits = len(seen) > 0 and bool((seen[places.clamp(max=len(seen) - 1)] == trained.neurons).all())
-    if len(trained.neurons) and not fits:
-        wrong = f"The hooks on layer {trained.name!r} see {len(seen)} neurons, and not all that train"
+def _places(trained: Trained, hooks: NeuronHooks) -> Tensor:
+    """Return where the neurons that train are among those that a hook saw."""
+    seen, count = hooks.neurons(trained.name), len(trained.neurons)
+    if seen is not None and trained.entry.columns.indices is None and not _is_delta(trained.entry.param, trained.layer):
+        # All train: whether all were seen tells their number, for which no device is read.
+        places = trained.neurons if len(seen) == count else None
+    else:
+        places = hooks.places(trained.name, trained.neurons)
+    if places is None:
+        wrong = f"The hooks on layer {trained.name!r} see {len(cast('Tensor', seen))} neurons, and not all that train"
         advice = "Register them with the selection that trains."
-        raise ValueError(problem(wrong, f"the {len(trained.neurons)} that train among them", advice))
+        raise ValueError(problem(wrong, f"the {count} that train among them", advice))
     return places

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_simu.optimizer.entries import Entry
-from torch_simu.optimizer.stepping.writing import selected_weight, step_size, write_weight
+from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
 from torch_simu.optimizer.storage import read, write
 from torch_simu.update import clipped_step_, clipped_step_foreach_, clipped_update_
 
@@ -47,7 +47,7 @@ def _step_kind(group: Mapping[str, Any], pairs: list[tuple[Entry, dict[str, Any]
             write_weight(group, entry, weight, finite)
     else:
         for (entry, state), work in zip(pairs, reads, strict=True):
-            if _adds(group, entry, state, finite):
+            if adds(group, entry, state, finite):
                 entry.add(clipped_update_(*work, **{**options, "lr": -options["lr"]}))
             else:
                 weight = selected_weight(entry, state)
@@ -67,9 +67,3 @@ def _read(
         # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
         grad = torch.where(finite, grad, exp_avg)
     return grad, exp_avg, hessian
-
-
-def _adds(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], finite: Tensor | bool) -> bool:
-    """Say whether the step is added to the weights instead of written: it spares reading the scattered columns once."""
-    plain = "master" not in state and entry.param.dtype == entry.grad.dtype and not entry.grad.is_cuda
-    return plain and finite is True and group["weight_decay"] == 0 and entry.columns.indices is not None

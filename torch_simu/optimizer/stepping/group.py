@@ -12,16 +12,19 @@ from torch_simu.optimizer.entries import Entry
 from torch_simu.optimizer.groups import WHITENED
 from torch_simu.optimizer.stepping.clipped import clip_entries
 from torch_simu.optimizer.stepping.state import fold, state_of
-from torch_simu.optimizer.stepping.trust import trust_entries
+from torch_simu.optimizer.stepping.trust import make_room, trust_entries, waits_for_state
 
 
 def step_group(
     group: dict[str, Any], entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], finite: Tensor | bool
 ) -> None:
     """Make one step of a group and count it, where `finite` is true."""
+    own = [state_of(states, group, entry) for entry in entries]
+    if group["curvature"] in WHITENED and waits_for_state(group):
+        make_room(group, entries, own)
+        return
     # Before the step, whose draws go by the counter.
     place_counters(group, finite)
-    own = [state_of(states, group, entry) for entry in entries]
     refreshed = group["curvature"] == "squared_gradient" and finite & (steps_left([group]) <= 1)
     if refreshed is not False:
         for entry, state in zip(entries, own, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,35 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torch_simu._checks import problem
 from torch_simu.columns import NeuronDim
+from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
-from torch_simu.optimizer.stepping.writing import selected_weight, step_size, write_weight
-from torch_simu.optimizer.storage import read, write
-from torch_simu.whitening import trust_step_, whiten
+from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
+from torch_simu.optimizer.storage import FACTORS, read, write
+from torch_simu.whitening import trust_step_, trust_update_, whiten
+
+
+def waits_for_state(group: Mapping[str, Any]) -> bool:
+    """Say whether a step is of size zero before any refresh.
+
+    So torch.distributed.checkpoint makes the state of a new optimizer, before it loads into it.
+    """
+    if not unrefreshed(group):
+        return False
+    lr = group["lr"]
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
+
+
+def make_room(group: Mapping[str, Any], entries: Sequence[Entry], states: Sequence[dict[str, Any]]) -> None:
+    """Put zeros into the state where a refresh puts factors and the norm of the weights."""
+    for entry, state in zip(entries, states, strict=True):
+        state["weight_norm"] = entry.grad.new_zeros(())
+        if entry.param.dim() != 2:
+            continue
+        dim = cast("int", group["neuron_dim"]) % 2
+        # Of all outputs, also where this process holds some of their rows only; neurons are whole in every process.
+        sizes = (entry.grad.shape[dim], entry.param.shape[1 - dim])
+        for key, size in zip(FACTORS[: 2 if group["curvature"] == "both" else 1], sizes, strict=False):
+            state[key] = entry.grad.new_zeros(size, size)
 
 
 def trust_entries(
@@ -31,12 +56,12 @@ def trust_entries(
     Raises:
         RuntimeError: If the curvature was never refreshed.
     """
-    if any("weight_norm" not in state for state in states):
+    if unrefreshed(group) or any("weight_norm" not in state for state in states):
         wrong = f"The curvature {group['curvature']!r} was never refreshed for these neurons"
         advice = "Call it before step whenever hessian_due says so."
         raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
     directions = [whitened(group, entry, state) for entry, state in zip(entries, states, strict=True)]
-    squares = [direction.square().sum() for direction in directions]
+    squares = [square_norm(direction) for direction in directions]
     norms = [each.sqrt() for each in summed_over_shards(squares, [entry.param for entry in entries])]
     for entry, state, direction, norm in zip(entries, states, directions, norms, strict=True):
         _step(group, entry, state, direction, norm, finite.to(norm.device) if isinstance(finite, Tensor) else True)
@@ -60,6 +85,15 @@ def whitened(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -
     return local(distribute_tensor(whole, spread.device_mesh, spread.placements, src_data_rank=None))
 
 
+def square_norm(direction: Tensor) -> Tensor:
+    """Return the square of the norm of a matrix, as a scalar."""
+    # By rows first: in one pass the float32 sum of a large layer is wrong in the fourth digit, and squares that are
+    # written out cost more than the sum. A shard may be without rows.
+    rows = torch.linalg.vector_norm(direction, dim=-1) if direction.dim() else direction
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm.square()
+
+
 def neurons_last(matrix: Tensor, dim: NeuronDim) -> Tensor:
     """Return a weight, or what has its shape, as `(d_model, num_selected)`; applied twice it is as it was."""
     return matrix if dim in (-1, 1) else matrix.T
@@ -77,17 +111,17 @@ def _step(
     if isinstance(finite, Tensor):
         # lerp(m, m) is m exactly, and a step of length zero keeps the weight: nothing changes, without a sync.
         direction, norm = torch.where(finite, direction, exp_avg), torch.where(finite, norm, 1.0)
-    weight = selected_weight(entry, state)
-    trust_step_(
-        weight,
-        direction,
-        exp_avg,
-        lr=step_size(group["lr"], finite),
-        beta1=group["betas"][0],
-        direction_norm=norm,
-        weight_norm=state["weight_norm"].to(weight),
-        weight_decay=group["weight_decay"],
-    )
-    write_weight(group, entry, weight, finite)
+    options: dict[str, Any] = {
+        "lr": step_size(group["lr"], finite),
+        "beta1": group["betas"][0],
+        "direction_norm": norm,
+        "weight_norm": state["weight_norm"].to(direction),
+    }
+    if adds(group, entry, state, finite):
+        entry.add(trust_update_(direction, exp_avg, **{**options, "lr": -options["lr"]}))
+    else:
+        weight = selected_weight(entry, state)
+        trust_step_(weight, direction, exp_avg, weight_decay=group["weight_decay"], **options)
+        write_weight(group, entry, weight, finite)
     write(state, "exp_avg", exp_avg)
     state["step"] += finite if isinstance(finite, Tensor) else 1

@@ -22,6 +22,12 @@ def step_size(lr: float | Tensor, finite: Tensor | bool) -> float | Tensor:
     return finite * lr if isinstance(lr, Tensor) else finite.double() * lr
 
 
+def adds(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], finite: Tensor | bool) -> bool:
+    """Say whether a step is added to the weights instead of written: it spares reading the scattered columns once."""
+    plain = "master" not in state and entry.param.dtype == entry.grad.dtype and not entry.grad.is_cuda
+    return plain and finite is True and group["weight_decay"] == 0 and entry.columns.indices is not None
+
+
 def selected_weight(entry: Entry, state: Mapping[str, Any]) -> Tensor:
     """Return the selected weights in the dtype of the computation: the master copy where there is one."""
     weight = local(state["master"]) if "master" in state else entry.gather()
