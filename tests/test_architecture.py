@@ -45,6 +45,7 @@ APPLICATION_FLOORS = {
     "objectives": 1,
     "progress": 0,
     "config": 2,
+    "pace": 2,
     "differentiate": 2,
     "metrics": 2,
     "refresh": 2,

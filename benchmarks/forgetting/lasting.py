@@ -43,8 +43,8 @@ CONTENDERS: Mapping[str, tuple[dict[str, object], Sequence[float]]] = {
     "first order, all weights, bounded": ({"method": "fo_graddiff", **BOUNDED}, SMALL),
     "second order, all weights, bounded": ({"method": "so_graddiff", **BOUNDED}, SMALL),
     "diagonal, critical neurons, bounded": ({"method": "simu_graddiff", **BOUNDED}, LARGE),
-    "simu": ({"method": "simu"}, SHARES),
-    "simu with an adversary": ({"method": "simu", "adversary_lr": 3e-4}, SHARES),
+    "simu": ({"method": "simu", "paced": False}, SHARES),
+    "simu with an adversary": ({"method": "simu", "paced": False, "adversary_lr": 3e-4}, SHARES),
 }
 """Name -> (choices, step sizes to try)."""
 

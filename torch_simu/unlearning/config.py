@@ -49,6 +49,7 @@ _PUBLISHED: Mapping[str, object] = MappingProxyType(
         "lr": 1e-4,
         "betas": (0.965, 0.99),
         "hessian_interval": 10,
+        "paced": False,
     }
 )
 """What the published methods leave open, as the optimizer has it."""
@@ -62,6 +63,7 @@ _SIMU: Mapping[str, object] = MappingProxyType(
         "lr": 0.04,
         "betas": (0.9, 0.8),
         "hessian_interval": 5,
+        "paced": True,
     }
 )
 """What forgets for longest in our measurements."""
@@ -105,6 +107,8 @@ class UnlearnConfig:
         damping: As in `SIMUOptimizer`, for the covariances.
         lr: Step size: the largest change of one weight per step (Sophia), of a layer as a share of its norm (with a
             curvature from covariances), or AdamW's learning rate.
+        paced: Whether `lr` is the largest step size only, and the run begins with a hundredth of it and lengthens or
+            shortens its steps by how fast the forget set is forgotten; see `paced_rate`.
         betas: Decay of momentum and curvature (Sophia); AdamW keeps (0.9, 0.999).
         rho: Curvature scale.
         weight_decay: Decoupled decay of the trained weights.
@@ -150,6 +154,7 @@ class UnlearnConfig:
     curvature: Curvature = None  # type: ignore[assignment]
     damping: float = 0.1
     lr: float = None  # type: ignore[assignment]
+    paced: bool = None  # type: ignore[assignment]
     betas: tuple[float, float] = None  # type: ignore[assignment]
     rho: float = 0.04
     weight_decay: float = 0.0

@@ -26,6 +26,7 @@ from torch_simu.unlearning.identity import identity
 from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import Objective, make_objective
+from torch_simu.unlearning.pace import pace
 from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
 from torch_simu.unlearning.steps import StepBatches, Stepper, make_hooks, make_optimizer
@@ -144,6 +145,8 @@ def unlearn(
                     record["monitor"] = _monitored(model, monitor, config.eval_batch_size, pad_id)
                     measuring += time.perf_counter() - before
                 log.append(record)
+                if config.paced:
+                    pace(optimizer, log, largest=config.lr)
                 if saved is not None and ((number + 1) % config.checkpoint_interval == 0 or reached or last):
                     saved.save(params, optimizer, log, adversary)
                 if progress is not None:
@@ -225,7 +228,10 @@ def _fingerprint(
     choices = {
         name: value
         for name, value in config.to_json().items()
-        if name not in ("max_steps", "forget_target") and not name.startswith(("eval_", "monitor_", "checkpoint_"))
+        if (name not in ("max_steps", "forget_target")
+        and not name.startswith(("eval_", "monitor_", "checkpoint_")))
+        # What is measured sets the pace.
+        or (config.paced and name == "eval_interval")
     }
     data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
     configuration = {"config": choices, "objective": identity(objective), "selection": chosen, "data": data}

@@ -27,6 +27,7 @@ from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.differentiate import differentiate, retain_weight
 from torch_simu.unlearning.objectives import Objective, mean_answer_nll
+from torch_simu.unlearning.pace import FIRST_SHARE
 from torch_simu.unlearning.refresh import Refresh
 
 
@@ -75,11 +76,12 @@ def make_optimizer(
             param.requires_grad_(True)
     trained = {id(param) for group in groups for param in cast("list[nn.Parameter]", group["params"])}
     params = {name: param for name, param in model.named_parameters() if id(param) in trained}
+    lr = config.lr * (FIRST_SHARE if config.paced else 1.0)
     if not config.second_order:
-        return params, AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        return params, AdamW(groups, lr=lr, weight_decay=config.weight_decay)
     return params, SIMUOptimizer(
         groups,
-        lr=config.lr,
+        lr=lr,
         betas=config.betas,
         rho=config.rho,
         weight_decay=config.weight_decay,

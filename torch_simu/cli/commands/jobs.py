@@ -58,6 +58,7 @@ def unlearn(
     method: options.Method = _RUN.method,
     objective: options.Objective = None,
     lr: options.Lr = None,
+    paced: options.Paced = None,
     betas: options.Betas = None,
     rho: options.Rho = _RUN.rho,
     clip: options.Clip = _RUN.clip,
@@ -99,6 +100,7 @@ def unlearn(
         "curvature": curvature,
         "fraction": fraction,
         "lr": lr,
+        "paced": paced,
         "betas": None if betas is None else tuple(betas),
         "hessian_interval": hessian_interval,
     }

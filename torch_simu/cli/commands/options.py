@@ -98,6 +98,9 @@ Lr = Annotated[
         help="Step size: the largest change of one weight, or of a layer as a share of its norm; the method's own."
     ),
 ]
+Paced = Annotated[
+    bool | None, typer.Option(help="Let --lr be the largest step, and follow how fast is forgotten; the method's own.")
+]
 Betas = Annotated[
     Decays | None,
     typer.Option(
