@@ -8,8 +8,10 @@ import functools
 import pytest
 import torch
 
+from tests.models import EXPERTS, tiny
 from torch_simu import NeuronSelection
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
+from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, make_model
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import unlearn
@@ -201,3 +203,16 @@ def test_choices_out_of_bounds_are_refused(options, message):
 def test_a_negative_retain_weight_is_refused():
     with pytest.raises(ValueError, match="retain_weight is -1"):
         GradDiff(-1.0)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_no_hook_sees_are_refused_with_what_works(name):
+    model = tiny(name)
+    row = Example((5, 6, 7, 8), (-100, 6, 7, 8))
+    config = FAST.updated(method="simu", max_steps=1)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"inside experts fused into one parameter, .*method simu_graddiff"):
+        unlearn(model, [row], [row], config=config)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    done = unlearn(model, [row], [row], config=config.updated(method="all_neurons"))
+    assert done.changed_share > 0

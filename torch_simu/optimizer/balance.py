@@ -99,7 +99,7 @@ class GradientBalance:
                 param.grad = torch.zeros_like(param)
             param.grad = aligned(param.grad, param)
             grad = local(param.grad)
-            entry.columns.add_(grad, (entry.grad * (ratio * floor).to(entry.grad)).to(grad.dtype))
+            entry.columns.add_(grad, (entry.grad * (ratio * floor.to(ratio.device)).to(entry.grad)).to(grad.dtype))
 
     def _ratios(
         self, forget: Sequence[Entry], retain: Sequence[Entry], grad_scale: float | Tensor

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from torch_simu._checks import problem
 from torch_simu.deltas import trained_groups
 from torch_simu.hooks import NeuronHooks, register_neuron_hooks
-from torch_simu.layers import attention_projections, num_neurons
+from torch_simu.layers import attention_projections, is_fused_experts, num_neurons, select_layers
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import GradientBalance, SIMUOptimizer
 from torch_simu.unlearning.adversary import Adversary
@@ -62,6 +62,7 @@ def make_optimizer(
     """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards."""
     groups: list[dict[str, object]]
     if selection is not None:
+        _check_hookable(model, selection, config)
         groups = trained_groups(model, selection, config.attention)
     else:
         model.requires_grad_(False)
@@ -90,6 +91,15 @@ def make_optimizer(
         curvature=config.curvature,
         damping=config.damping,
     )
+
+
+def _check_hookable(model: PreTrainedModel, selection: NeuronSelection, config: UnlearnConfig) -> None:
+    """Raise where a curvature from hooks is asked for on neurons that no hook sees."""
+    for name, layer in select_layers(model, selection).items() if config.whitened else ():
+        if is_fused_experts(layer):
+            wrong = f"The neurons of layer {name!r} are inside experts fused into one parameter"
+            advice = "Take the method simu_graddiff."
+            raise ValueError(problem(wrong, f"layers that hooks see, for curvature {config.curvature!r}", advice))
 
 
 def make_hooks(model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig) -> NeuronHooks | None:
