@@ -34,14 +34,19 @@ def spread(values: list[float]) -> str:
 def kept(name: str) -> Iterator[str]:
     """What each method keeps at the forget target: mean over the seeds, and the range."""
     rows = loaded(name)["rows"]
-    yield "| method | forget prob. | retain EM | world EM | weights changed | optimizer state |"
-    yield "|---|---|---|---|---|---|"
+    attacked = all("attack" in row for row in rows)
+    yield "| method | forget prob. | retain EM | world EM | weights changed | optimizer state |" + (
+        " relearned, prob. |" if attacked else ""
+    )
+    yield "|---|---|---|---|---|---|" + ("---|" if attacked else "")
     for method in dict.fromkeys(row["method"] for row in rows):
         ours = [row for row in rows if row["method"] == method]
         cells = [f"{mean(row['forget']['probability'] for row in ours):.3f}"]
         cells += [spread([row[each]["em"] for row in ours]) for each in ("retain", "world")]
         cells += [f"{100 * mean(row['changed_share'] for row in ours):.3g} %"]
         cells += [bytes_of(mean(row["optimizer_bytes"] for row in ours))]
+        if attacked:
+            cells += [spread([row["attack"]["relearn"]["probability"] for row in ours])]
         yield f"| {method} | {' | '.join(cells)} |"
 
 
