@@ -228,8 +228,7 @@ def _fingerprint(
     choices = {
         name: value
         for name, value in config.to_json().items()
-        if (name not in ("max_steps", "forget_target")
-        and not name.startswith(("eval_", "monitor_", "checkpoint_")))
+        if (name not in ("max_steps", "forget_target") and not name.startswith(("eval_", "monitor_", "checkpoint_")))
         # What is measured sets the pace.
         or (config.paced and name == "eval_interval")
     }
