@@ -276,6 +276,7 @@ TABLES = {
     "deltas": deltas,
     "reliability": reliability,
     "lasting_demo": lambda: lasting("demo"),
+    "lasting_tofu": lambda: lasting("tofu"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 

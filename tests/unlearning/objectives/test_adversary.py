@@ -97,7 +97,7 @@ def test_every_objective_forgets_and_is_resumed_to_the_same_bits(name, retain_te
     layers = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
     selection = NeuronSelection({layer: range(60) for layer in layers}, dict.fromkeys(layers, 64))
     config = FAST.updated(
-        method="simu", objective=name, retain_term=retain_term, lr=0.3, max_steps=12, checkpoint_interval=5
+        method="simu", paced=False, objective=name, retain_term=retain_term, lr=0.3, max_steps=12, checkpoint_interval=5
     )
     whole, killed, resumed = (copy.deepcopy(model) for _ in range(3))
     expected = run(whole, examples, config, selection=selection)

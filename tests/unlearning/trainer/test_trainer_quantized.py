@@ -62,6 +62,7 @@ def test_a_trainer_trains_deltas_and_resumes_with_the_bits_of_an_unbroken_run(mo
 def test_the_driver_and_the_trainer_make_the_same_whitened_steps_of_deltas(model, tmp_path, curvature, monkeypatch):
     driven, trained = model(attach=False), model()
     config = UnlearnConfig(
+        paced=False,
         **OPTIONS,
         curvature=curvature,
         weight_decay=0.1,
