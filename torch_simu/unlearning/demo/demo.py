@@ -32,7 +32,7 @@ from torch_simu.unlearning.report.plots import plot_attribution, plot_curves
 from torch_simu.unlearning.report.report import Measures, MethodResult, Report, write_log
 
 # Step size and curvature scale of each method: the best of eight by retain EM on seeds that the demo does not show,
-# from benchmarks/results/demo_tuning_cpu_202611.json.
+# from benchmarks/results/demo_tuning_cpu_202611.json; of simu the defaults.
 _TUNED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "simu": {"lr": 0.04, "fraction": 1.0},
