@@ -13,6 +13,7 @@ from statistics import mean, median, stdev
 from scipy import stats
 
 from benchmarks.results import RESULTS
+from benchmarks.verdicts.forgetting import kept_by
 
 
 def loaded(name: str) -> dict:
@@ -54,14 +55,16 @@ def lasting(target: str) -> Iterator[str]:
     """What each method keeps, and what relearning brings back: means, with 95 % intervals over the seeds."""
     result = loaded(f"lasting_{target}")
     rows = result["rows"]
-    yield "| method | step size | steps | forget prob. | retain, whole | world, whole | relearned, prob. |"
-    yield "|---|---|---|---|---|---|---|"
+    sets = kept_by(rows)
+    heads = [f"{name}, {measure}" for name, measure in sets]
+    yield f"| method | step size | steps | forget prob. | {' | '.join(heads)} | relearned, prob. |"
+    yield "|---" * (5 + len(sets)) + "|"
     for method in dict.fromkeys(row["method"] for row in rows):
         ours = [row for row in rows if row["method"] == method]
         rate, counts = result["lr"].get(method), [row["steps"] for row in ours if "steps" in row]
         cells = [f"{rate:g}" if rate else "", f"{mean(counts):.0f}" if counts else ""]
         cells += [f"{mean(row['forget']['probability'] for row in ours):.3f}"]
-        cells += [interval([row[name]["whole"] for row in ours]) for name in ("retain", "world")]
+        cells += [interval([row[name][measure] for row in ours]) for name, measure in sets]
         cells += [interval([row["back"]["probability"] for row in ours])]
         yield f"| {method} | {' | '.join(cells)} |"
 
