@@ -45,7 +45,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) site build *.egg-info .coverage
+	rm -rf $(VENV) $(FLOOR_VENV) site build dist *.egg-info .coverage
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found; name one with PYTHON=..." >&2; exit 1; }
