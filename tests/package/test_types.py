@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def test_a_strict_type_checker_reads_an_editable_install(tmp_path: Path) -> None
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     call = [sys.executable, "-m", "mypy", "--python-executable", str(python), "user.py"]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    # Paths that lead to a checkout would hide how the package is installed.
+    elsewhere = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=elsewhere)
     assert done.stdout.splitlines()[:-1] == [
         'user.py:4: note: Revealed type is "bool"',
         'user.py:5: error: "NeuronSelection" has no attribute "layers"  [attr-defined]',
