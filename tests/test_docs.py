@@ -16,7 +16,10 @@ from benchmarks.tables import TABLES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_simu"
 API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 DIRECTIVE = re.compile(r"^::: (\S+)\n((?:[ ]{4,}.*\n|\n(?=[ ]{4}))*)", re.MULTILINE)
@@ -79,8 +82,8 @@ def test_the_names_of_the_top_level_are_public_somewhere_below() -> None:
 
 
 def test_every_page_of_the_api_is_in_the_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text()
-    missing = [page.name for page in PAGES[:-1] if page.relative_to(ROOT / "docs").as_posix() not in navigation]
+    navigation, docs = (ROOT / "mkdocs.yml").read_text(), ROOT / "docs"
+    missing = [page.name for page in docs.rglob("*.md") if page.relative_to(docs).as_posix() not in navigation]
     assert not missing
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu._files import load_tensors, replacing, save_tensors
 from torch_simu._hashes import sha256_of_all
 from torch_simu.attribution.methods.sums import LayerSum
+from torch_simu.layers.dtensors import is_dtensor
 
 _KIND = "AttributionSums"
 _SECONDS = 10.0
@@ -117,5 +117,5 @@ def config_hash(model: nn.Module) -> str:
 def weights_hash(model: nn.Module) -> str:
     """Return the sha256 of all parameters and buffers, bit by bit; of sharded ones, of this process's shards."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    mine = ((name, whole.to_local() if isinstance(whole, DTensor) else whole) for name, whole in tensors)
+    mine = ((name, whole.to_local() if is_dtensor(whole) else whole) for name, whole in tensors)
     return sha256_of_all((name, tensor) for name, tensor in mine if tensor.device.type != "meta")

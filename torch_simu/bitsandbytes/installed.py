@@ -19,6 +19,6 @@ def require_bitsandbytes(what: str) -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        advice = 'Install it: pip install "torch-simu[int8]".'
+        advice = 'Run: pip install "bitsandbytes>=0.50"'
         raise ImportError(problem(f"{what} needs bitsandbytes", "it installed", advice)) from error
     return functional

@@ -13,7 +13,7 @@ try:
     from typer.core import TyperGroup
 except ImportError as error:
     raise ImportError(
-        "The command line needs typer and rich: pip install 'torch-simu[cli,transformers,plots]'"
+        "The command line needs typer and rich. Run: pip install typer rich transformers accelerate matplotlib"
     ) from error
 
 import torch_simu

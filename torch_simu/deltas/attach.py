@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import is_4bit, is_8bit
@@ -21,6 +20,7 @@ from torch_simu.layers import (
     neuron_dim,
     select_layers,
 )
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.neurons import NeuronSelection
 
 
@@ -136,7 +136,7 @@ def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelec
             problem(wrong, "that of its class, or hooks of accelerate", "Attach first, and patch it then.")
         )
     weight = cast("nn.Parameter", layer.weight)
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         advice = "Call attach_deltas before fully_shard."
         raise ValueError(problem(f"The weight of layer {name!r} is sharded", "a whole one", advice))
     check_unshared(model, name, weight)

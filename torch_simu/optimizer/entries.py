@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
 
 from torch_simu._checks import problem
 from torch_simu.columns import Columns, NeuronDim, dims_of
+from torch_simu.layers.dtensors import is_dtensor, shard_dims
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 class Entry(NamedTuple):
@@ -105,8 +108,10 @@ def entries_of(
 
 def stored(compact: Tensor, param: Tensor, columns: Columns) -> Tensor:
     """Return a compact tensor of this process as the state keeps it: sharded like the parameter."""
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return compact
+    from torch.distributed.tensor import DTensor
+
     shape = columns.shape_in(param.shape)
     placements = compact_placements(param, columns.dim, whole=columns.indices is None)
     # Strides of the whole: the shards may be uneven or empty.
@@ -116,13 +121,15 @@ def stored(compact: Tensor, param: Tensor, columns: Columns) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a distributed tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def compact_placements(param: DTensor, dim: NeuronDim, *, whole: bool) -> list[Placement]:
     """Return how the compact state of a parameter is spread over the processes."""
     if whole or isinstance(dim, int):
         return list(param.placements)
+    from torch.distributed.tensor import Shard
+
     neurons = {each % param.dim() for each in dim}
     rest = [each for each in range(param.dim()) if each not in neurons]
     return [Shard(1 + rest.index(each.dim)) if isinstance(each, Shard) else each for each in param.placements]
@@ -130,7 +137,7 @@ def compact_placements(param: DTensor, dim: NeuronDim, *, whole: bool) -> list[P
 
 def aligned(grad: Tensor, param: Tensor) -> Tensor:
     """Return a gradient laid out over the processes like its parameter."""
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
         return grad.redistribute(placements=param.placements)
     return grad
 
@@ -141,16 +148,16 @@ def check_unsharded(param: Tensor, dim: NeuronDim, name: str) -> None:
     Raises:
         ValueError: If they are.
     """
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return
     dims = {each % param.dim() for each in dims_of(dim)}
-    for placement in param.placements:
-        if isinstance(placement, Shard) and placement.dim in dims:
+    for along in shard_dims(param):
+        if along in dims:
             free = next((each for each in range(param.dim()) if each not in dims), None)
             advice = (
                 "" if free is None else f"Shard it by fully_shard(..., shard_placement_fn=lambda p: Shard({free}))."
             )
-            wrong = f"{name} of shape {tuple(param.shape)} is sharded along its neurons (dimension {placement.dim})"
+            wrong = f"{name} of shape {tuple(param.shape)} is sharded along its neurons (dimension {along})"
             raise ValueError(problem(wrong, "neurons whole in every process", advice))
 
 
@@ -162,8 +169,8 @@ def summed_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> li
     found = list(values)
     alike: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for number, param in enumerate(params):
-        if isinstance(param, DTensor):
-            dims = tuple(dim for dim, each in enumerate(param.placements) if isinstance(each, Shard))
+        if is_dtensor(param):
+            dims = tuple(dim for dim, along in enumerate(shard_dims(param)) if along is not None)
             alike.setdefault((str(param.device_mesh), dims), []).append(number)
     for (_, dims), numbers in sorted(alike.items()):
         mesh = cast("DTensor", params[numbers[0]]).device_mesh
@@ -177,7 +184,7 @@ def summed_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> li
 
 def agreed(finite: Tensor, entries: Sequence[Entry]) -> Tensor:
     """Return whether the gradients are finite in every process that holds a shard of a parameter."""
-    meshes = {entry.param.device_mesh for entry in entries if isinstance(entry.param, DTensor)}
+    meshes = {entry.param.device_mesh for entry in entries if is_dtensor(entry.param)}
     for mesh in sorted(meshes, key=str):
         flag = finite.to(mesh.device_type, torch.int32)
         for dim in range(mesh.ndim):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torch_simu._checks import problem
 from torch_simu.columns import NeuronDim, compact_shape, num_columns
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import plain_counters
 from torch_simu.optimizer.entries import compact_placements, local
 from torch_simu.optimizer.stepping.state import step_device
@@ -135,7 +135,7 @@ def restore_state(state: Mapping[Tensor, dict[str, Any]], state_dict: Mapping[st
                 device = step_device(group, local(param).device)
                 state[param][key] = torch.as_tensor(value).detach().to(device, torch.float32, copy=True)
             elif key in WHOLE:
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                whole = value.full_tensor() if is_dtensor(value) else value
                 state[param][key] = whole.detach().to(local(param).device, copy=True)
             elif isinstance(value, Tensor):
                 state[param][key] = restored(value, param, neurons, group["neuron_dim"])
@@ -144,7 +144,9 @@ def restore_state(state: Mapping[Tensor, dict[str, Any]], state_dict: Mapping[st
 def restored(value: Tensor, param: Tensor, neurons: Sequence[int] | None, dim: NeuronDim) -> Tensor:
     """Return a copy of a saved tensor in its own dtype, on the parameter's device and spread as its state is."""
     value = value.detach()
-    if isinstance(param, DTensor) and not isinstance(value, DTensor):
+    if is_dtensor(param) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
         # A whole tensor, the same in every process: each takes its own shard of it.
         placements = compact_placements(param, dim, whole=neurons is None)
         return distribute_tensor(value.to(param.device), param.device_mesh, placements, src_data_rank=None)

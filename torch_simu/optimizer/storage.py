@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.blocks import BLOCK, read_blocks, write_blocks
 from torch_simu.bitsandbytes.installed import require_bitsandbytes
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, local, stored
 
 SHAPED = ("exp_avg", "hessian", "master")
@@ -63,6 +63,6 @@ def check_blockwise(group: Mapping[str, Any]) -> None:
     advice = "Use torch.float32 or torch.bfloat16 for this group."
     if any(neurons is not None for neurons in group["neurons"]):
         raise ValueError(problem("state_dtype is torch.uint8 for selected neurons", "whole parameters", advice))
-    if any(isinstance(param, DTensor) for param in group["params"]):
+    if any(is_dtensor(param) for param in group["params"]):
         raise ValueError(problem("state_dtype is torch.uint8 for a distributed parameter", "local ones", advice))
     require_bitsandbytes("state_dtype=torch.uint8")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
 from torch_simu.layers import attention_projections, check_num_neurons, neuron_dim, neuron_weight, select_layers
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Where
 
@@ -40,7 +40,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             digest = bytes.fromhex(fingerprint(module))
             own["weight"] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         for key, value in own.items():
-            if isinstance(value, DTensor):
+            if is_dtensor(value):
                 wrong = f"Tensor {prefix + key!r} is sharded"
                 raise ValueError(
                     problem(wrong, "a whole one", "Patch the checkpoint, or the model before fully_shard.")

@@ -9,13 +9,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from torch_simu._checks import check_count, problem
 from torch_simu.curvature import IGNORED, gauss_newton_loss
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer import SIMUOptimizer
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.data.examples import Example, collate
@@ -115,7 +115,7 @@ class Refresh:
         if world > 1:
             for param in model.parameters():
                 # A gradient in shards is averaged already.
-                if param.grad is not None and not isinstance(param.grad, DTensor):
+                if param.grad is not None and not is_dtensor(param.grad):
                     # Divided here, since gloo cannot average.
                     distributed.all_reduce(param.grad.div_(world))
         return num_tokens

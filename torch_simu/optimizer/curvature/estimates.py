@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torch_simu._checks import problem
 from torch_simu.curvature import hutchinson_estimates
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 
 
@@ -78,7 +78,7 @@ def hutchinson_entries(
         RuntimeError: If the loss cannot be differentiated twice.
     """
     params = [param for number in numbers for param in groups[number]["params"] if param.requires_grad]
-    if any(isinstance(param, DTensor) for param in params):
+    if any(is_dtensor(param) for param in params):
         advice = 'Use curvature="gnb", which needs one backward only.'
         raise ValueError(problem("A parameter of update_hutchinson is distributed", "local ones", advice))
 

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torch_simu._checks import problem
 from torch_simu.columns import NeuronDim
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
 from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
@@ -76,11 +76,13 @@ def whitened(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -
         grad = neurons_last(whiten(neurons_last(grad, dim), factor), dim)
     if outputs is None:
         return grad
-    if not isinstance(entry.param, DTensor):
+    if not is_dtensor(entry.param):
         return neurons_last(whiten(neurons_last(grad, dim), None, outputs), dim)
+    from torch.distributed.tensor import distribute_tensor
+
     # The outputs are spread over the processes, and every one of them depends on all.
     spread = stored(grad, entry.param, entry.columns)
-    assert isinstance(spread, DTensor)
+    assert is_dtensor(spread)
     whole = neurons_last(whiten(neurons_last(spread.full_tensor(), dim), None, outputs), dim)
     return local(distribute_tensor(whole, spread.device_mesh, spread.placements, src_data_rank=None))
 

@@ -151,7 +151,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            problem("matplotlib is not installed", "it for plots", "pip install torch-simu[plots]")
+            problem("matplotlib is not installed", "it for plots", "Run: pip install matplotlib")
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

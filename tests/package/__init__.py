@@ -1,0 +1,1 @@
+"""What is built and installed, and what it needs."""
