@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,20 @@ def test_only_what_trains_is_kept_of_the_start_model() -> None:
     model = Bigram()
     model.table.requires_grad_(False)
     assert repr(StartModel(model)) == "StartModel(0 parameters)"
+
+
+def test_the_page_of_objectives_has_a_row_for_each_name_and_says_what_it_needs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip(" `") for row in rows) == sorted(OBJECTIVES)
+    assert {row[0].strip(" `") for row in rows if "refusals" in row[-1]} == set(REFUSING)
+    for row in rows:
+        name = row[0].strip(" `")
+        if "start model" not in row[-1]:
+            make_objective(name, refusals=REFUSALS)
+            continue
+        with pytest.raises(ValueError, match="model is None"):
+            make_objective(name, refusals=REFUSALS)
 
 
 class TestErrors:

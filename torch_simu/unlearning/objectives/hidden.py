@@ -24,7 +24,7 @@ class RMU:
 
     $H$ are the hidden states behind a block, of size $d$, where a scored token is predicted (the source takes every
     position of its texts), and $u$ is a random unit vector with positive entries, the same for the whole run. What lies
-    behind the block has no part in either term: with a curvature from covariances, train no layer there.
+    behind the block has no part in either term.
 
     Args:
         start: The model before the first step, whose hidden states are $H_0$.
