@@ -109,7 +109,7 @@ def unlearn(
             raise ValueError(problem(f"The {name} set is empty", "at least one example"))
         check_fits(model, examples)
     if refusals:
-        longest = tuple(max(refusals, key=len))
+        longest = max(map(tuple, refusals), key=len)
         check_fits(model, [Example((*row.prompt_ids, *longest), (), f"{row.place} with a refusal") for row in forget])
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from tests.unlearning.objectives.bigram import FORGET, REFUSALS, RETAIN, Bigram, answer_nlls, moved, terms
@@ -105,6 +106,15 @@ def test_the_start_model_is_given_back_also_after_an_exception() -> None:
         assert not torch.equal(model.table, weights) and not torch.is_grad_enabled()
         raise ValueError("broken")
     assert torch.equal(model.table, weights) and model.table.data_ptr() == pointer and torch.is_grad_enabled()
+
+
+def test_a_start_model_of_other_parameters_is_refused() -> None:
+    _, _, start = moved()
+    with (
+        pytest.raises(ValueError, match="The model has no parameter 'table', expected that of the start model"),
+        start.in_place(nn.Linear(2, 2)),
+    ):
+        pass
 
 
 def test_only_what_trains_is_kept_of_the_start_model() -> None:
