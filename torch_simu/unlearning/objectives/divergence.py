@@ -60,8 +60,8 @@ class EUL:
       + \gamma\left(\alpha\,\mathrm{KL}(p_0 \Vert p)_r + \mathrm{NLL}(r)\right)$$
 
     The teacher is the start model, each divergence a mean over scored tokens. The source trains layers put in beside a
-    frozen model by it, and masks spans of the forget texts for the last term; here it is the loss of the answers.
-    Neither forget term is bounded.
+    frozen model by it, and masks spans of the forget texts for the last term; here it is the loss of the answers. Its
+    weights are not known to us. Neither forget term is bounded.
 
     Args:
         start: The model before the first step, whose predictions are $p_0$.
