@@ -70,6 +70,13 @@ def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_an_objective_that_refuses_gets_refusals_from_the_tokenizer(files, tmp_path):
+    quick = ["--method", "all_neurons", "--objective", "idk", "--max-steps", 2]
+    assert call("unlearn", *options(files, "forget", "retain"), "--out", tmp_path / "out", *quick) == NOT_REACHED
+    losses = [json.loads(line)["forget_loss"] for line in (tmp_path / "out" / "steps.jsonl").read_text().splitlines()]
+    assert losses[1] < losses[0]
+
+
 def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 10, "--fraction", 0.25) == 0

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import mutants
 from tests.attribution import distributed_attribution
 from tests.deltas import distributed_deltas
-from tests.distributed import whitening
+from tests.distributed import starting, whitening
 from tests.distributed.resuming import (
     a_checkpoint_of_two_is_written,
     a_whole_state_is_taken_in_shards,
@@ -210,6 +210,7 @@ SCENARIOS = [
     mutants_break_the_law,
     *distributed_attribution.SCENARIOS,
     *distributed_deltas.SCENARIOS,
+    *starting.SCENARIOS,
     *whitening.SCENARIOS,
 ]
 

@@ -18,10 +18,12 @@ from torch_simu.unlearning.attack.result import AttackResult
 from torch_simu.unlearning.attack.rows import split_rows
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import encode
+from torch_simu.unlearning.data.refusals import encode_refusals
 from torch_simu.unlearning.data.tokenizer import pad_id
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.localization import choose_neurons
 from torch_simu.unlearning.metrics.suites import SUITES, Figures
+from torch_simu.unlearning.objectives import REFUSING
 from torch_simu.unlearning.progress import Progress, renamed
 from torch_simu.unlearning.report.folder import check_new_file, check_writable, locked, whole_folder
 from torch_simu.unlearning.report.plots import check_plots, plot_attribution, plot_curves
@@ -101,6 +103,7 @@ def unlearn_job(
             examples["forget"],
             examples["retain"],
             config=config,
+            refusals=encode_refusals(tokenizer) if config.objective in REFUSING else None,
             monitor=kept,
             pad_id=pad_id(tokenizer, net),
             checkpoint=checkpoint,

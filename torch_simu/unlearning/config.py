@@ -87,7 +87,8 @@ class UnlearnConfig:
         method: What is updated and how; see `METHODS`.
         objective: What is descended: one of `torch_simu.unlearning.objectives.OBJECTIVES`.
         retain_weight: Weight of the retain loss.
-        retain_term: "nll", or "kl" for the divergence from the model before the first step on retain rows.
+        retain_term: "nll" for the objective's own, or "kl" for the divergence from the model before the first step on
+            retain rows.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
         adversary_lr: Learning rate of a copy of the trained weights that relearns the forget set while it is forgotten;
             the forget gradient is taken there then. None: there is no adversary. See `Adversary`.

@@ -25,7 +25,7 @@ from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.identity import identity
 from torch_simu.unlearning.localization import localize
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
-from torch_simu.unlearning.objectives import Objective, make_objective
+from torch_simu.unlearning.objectives import Objective, Refusals, make_objective
 from torch_simu.unlearning.pace import pace
 from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
@@ -68,6 +68,7 @@ def unlearn(
     *,
     config: UnlearnConfig | None = None,
     objective: Objective | None = None,
+    refusals: Refusals | None = None,
     selection: NeuronSelection | None = None,
     monitor: Mapping[str, Sequence[Example]] | None = None,
     pad_id: int = 0,
@@ -86,6 +87,8 @@ def unlearn(
         retain: Encoded rows to keep.
         config: Every choice of the run.
         objective: What is descended, in place of the one the configuration names.
+        refusals: Refusing answers as token ids, for an objective that needs them, as
+            `torch_simu.unlearning.data.refusals.encode_refusals` makes them.
         selection: Neurons to train, in place of those the configuration would find.
         monitor: Sets to measure every `config.monitor_interval` steps, for the log.
         pad_id: The token id to pad with.
@@ -96,7 +99,8 @@ def unlearn(
         What was done, with the step log.
 
     Raises:
-        ValueError: If a set is empty or does not fit into the model, or `checkpoint` belongs to another run.
+        ValueError: If a set is empty or does not fit into the model, the objective needs refusals and there are none,
+            or `checkpoint` belongs to another run.
         NonFiniteLossError: If the loss or a gradient of a step is not finite.
     """
     config = UnlearnConfig() if config is None else config
@@ -104,13 +108,16 @@ def unlearn(
         if not examples:
             raise ValueError(problem(f"The {name} set is empty", "at least one example"))
         check_fits(model, examples)
+    if refusals:
+        longest = max(map(tuple, refusals), key=len)
+        check_fits(model, [Example((*row.prompt_ids, *longest), (), f"{row.place} with a refusal") for row in forget])
     flags = [(param, param.requires_grad) for param in model.parameters()]
     started, measuring = time.perf_counter(), 0.0
     saved = None
     try:
         with mode(model, training=False), ExitStack() as opened:
             if checkpoint is not None:
-                run = _fingerprint(model, forget, retain, config, objective, selection)
+                run = _fingerprint(model, forget, retain, config, objective, refusals, selection)
                 saved = RunCheckpoint.open(Path(checkpoint), run)
             selection, attribution = localize(
                 model, forget, retain, config, selection=selection, pad_id=pad_id, checkpoint=saved, progress=progress
@@ -119,7 +126,11 @@ def unlearn(
             if objective is None:
                 # Before a checkpoint is loaded, and with what trains marked: some compare with the model as it is now.
                 objective = make_objective(
-                    config.objective, retain_weight=config.retain_weight, retain_term=config.retain_term, model=model
+                    config.objective,
+                    retain_weight=config.retain_weight,
+                    retain_term=config.retain_term,
+                    model=model,
+                    refusals=refusals,
                 )
             adversary = None
             if config.adversary_lr is not None:
@@ -221,6 +232,7 @@ def _fingerprint(
     retain: Sequence[Example],
     config: UnlearnConfig,
     objective: Objective | None,
+    refusals: Refusals | None,
     selection: NeuronSelection | None,
 ) -> str:
     chosen = None if selection is None else {layer: selection[layer].tolist() for layer in selection}
@@ -234,6 +246,8 @@ def _fingerprint(
     }
     data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
     configuration = {"config": choices, "objective": identity(objective), "selection": chosen, "data": data}
+    if refusals is not None:
+        configuration["refusals"] = [list(refusal) for refusal in refusals]
     return fingerprint(configuration, model.parameters())
 
 

@@ -14,6 +14,7 @@ from torch_simu.unlearning.data.batches import batches_in_order
 from torch_simu.unlearning.data.chat import chat_texts
 from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import Example, encode, render, show_example
+from torch_simu.unlearning.data.refusals import encode_refusals
 from torch_simu.unlearning.data.rows import Row, Turn
 from torch_simu.unlearning.metrics.generation import generate_answers
 
@@ -176,3 +177,14 @@ def test_an_example_is_shown_with_its_scored_part_marked_and_nothing_that_a_term
     wild = word_tokenizer([Row("Who", "\x1b")])
     (wild_id,) = set(wild.get_vocab().values()) & {wild.convert_tokens_to_ids("\x1b")}
     assert show_example(Example((4, wild_id), (-100, wild_id)), wild).endswith(">>>\\x1b<<<")
+
+
+@pytest.mark.parametrize(("template", "end"), [(GEMMA, "<end_of_turn>"), (QWEN, "<|im_end|>"), (None, "")])
+def test_a_refusal_ends_as_an_answer_does(template, end):
+    tokenizer = tokenizer_of(template)
+    texts = ["a b", "b"]
+    found = encode_refusals(tokenizer, texts)
+    answers = encode([Row("c", text) for text in texts], tokenizer)
+    assert found == [answer.input_ids[-answer.num_scored :] for answer in answers]
+    assert all(tokenizer.decode(refusal).strip().startswith(text) for refusal, text in zip(found, texts, strict=True))
+    assert not end or all(end in tokenizer.decode(refusal) for refusal in found)

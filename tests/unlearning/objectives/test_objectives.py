@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
+from tests.unlearning.objectives.bigram import FORGET, REFUSALS, RETAIN, Bigram, answer_nlls, moved, terms
 from torch_simu.unlearning.objectives import (
     NPO,
     OBJECTIVES,
+    REFUSING,
     GradDiff,
     KeepsPredictions,
     Probability,
@@ -21,55 +22,6 @@ from torch_simu.unlearning.objectives import (
     StartModel,
     make_objective,
 )
-
-FORGET = {
-    "input_ids": torch.tensor([[1, 2, 3, 4], [4, 3, 2, 0]]),
-    "labels": torch.tensor([[-100, 2, 3, 4], [-100, -100, 2, -100]]),
-    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
-}
-RETAIN = {
-    "input_ids": torch.tensor([[2, 2, 1]]),
-    "labels": torch.tensor([[-100, 2, 1]]),
-    "attention_mask": torch.ones(1, 3, dtype=torch.int64),
-}
-
-
-class Bigram(nn.Module):
-    """A language model whose next token depends on the last one only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-        self.device = torch.device("cpu")
-
-    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
-        """Logits of shape `(batch, length, 5)`."""
-        return SimpleNamespace(logits=self.table[input_ids])
-
-
-def answer_nlls(model: Bigram, batch: dict[str, Tensor]) -> list[list[float]]:
-    """Row by row, the negative log-likelihoods of the scored tokens, one at a time."""
-    found = []
-    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        row = []
-        for place in range(1, len(ids)):
-            if labels[place] != -100:
-                row.append(-math.log(model.table[ids[place - 1]].softmax(0)[labels[place]].item()))
-        found.append(row)
-    return found
-
-
-def terms(objective: object, model: Bigram) -> dict[str, tuple[float, float]]:
-    return {term.name: (term.weight, term.loss.item()) for term in objective.terms(model, FORGET, RETAIN)}
-
-
-def moved() -> tuple[Bigram, Bigram, StartModel]:
-    """A model before its first steps, the same after them, and what was kept of it."""
-    model = Bigram()
-    start, before = StartModel(model), copy.deepcopy(model)
-    with torch.no_grad():
-        model.table += torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return before, model, start
 
 
 def test_the_probability_is_the_mean_over_tokens_and_its_gradient_fades_with_it() -> None:
@@ -123,7 +75,7 @@ def test_the_divergence_is_zero_at_the_start_and_that_of_the_predictions_after_i
 @pytest.mark.parametrize("retain_term", ["nll", "kl"])
 def test_what_is_not_scored_plays_no_part(name: str, retain_term: str) -> None:
     model = Bigram()
-    objective = make_objective(name, model=model, retain_term=retain_term)
+    objective = make_objective(name, model=model, retain_term=retain_term, refusals=REFUSALS)
     found = terms(objective, model)
     padded = {**FORGET, "input_ids": FORGET["input_ids"].clone()}
     padded["input_ids"][1, 3] = 1
@@ -131,10 +83,11 @@ def test_what_is_not_scored_plays_no_part(name: str, retain_term: str) -> None:
     assert again == found
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("grad_diff", "grad_ascent")])
+# The others pull without end, or towards something else than what the likelihood says.
+@pytest.mark.parametrize("name", ["probability", "npo", "simnpo", "wga", "satimp", "ceu", "dpo"])
 def test_bounded_objectives_stop_pulling_at_what_is_forgotten(name: str) -> None:
     model = Bigram()
-    objective = make_objective(name, model=model)
+    objective = make_objective(name, model=model, refusals=REFUSALS)
     with torch.no_grad():
         # The scored tokens have probability e^-60 each.
         for last, token in ((1, 2), (2, 3), (3, 4), (3, 2)):
@@ -155,10 +108,33 @@ def test_the_start_model_is_given_back_also_after_an_exception() -> None:
     assert torch.equal(model.table, weights) and model.table.data_ptr() == pointer and torch.is_grad_enabled()
 
 
+def test_a_start_model_of_other_parameters_is_refused() -> None:
+    _, _, start = moved()
+    with (
+        pytest.raises(ValueError, match="The model has no parameter 'table', expected that of the start model"),
+        start.in_place(nn.Linear(2, 2)),
+    ):
+        pass
+
+
 def test_only_what_trains_is_kept_of_the_start_model() -> None:
     model = Bigram()
     model.table.requires_grad_(False)
     assert repr(StartModel(model)) == "StartModel(0 parameters)"
+
+
+def test_the_page_of_objectives_has_a_row_for_each_name_and_says_what_it_needs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip(" `") for row in rows) == sorted(OBJECTIVES)
+    assert {row[0].strip(" `") for row in rows if "refusals" in row[-1]} == set(REFUSING)
+    for row in rows:
+        name = row[0].strip(" `")
+        if "start model" not in row[-1]:
+            make_objective(name, refusals=REFUSALS)
+            continue
+        with pytest.raises(ValueError, match="model is None"):
+            make_objective(name, refusals=REFUSALS)
 
 
 class TestErrors:
@@ -166,6 +142,14 @@ class TestErrors:
     def test_an_objective_that_compares_needs_the_model(self, options: dict[str, str]) -> None:
         with pytest.raises(ValueError, match="model is None, expected the model before the first step"):
             make_objective(**options)
+
+    @pytest.mark.parametrize("name", OBJECTIVES)
+    def test_an_objective_that_refuses_needs_refusals(self, name: str) -> None:
+        if name not in REFUSING:
+            make_objective(name, model=Bigram())
+            return
+        with pytest.raises(ValueError, match=r"refusals is None, expected .*encode_refusals\(tokenizer\)"):
+            make_objective(name, model=Bigram())
 
     def test_unknown_names(self) -> None:
         with pytest.raises(ValueError, match="objective is 'npos', expected one of"):

@@ -23,9 +23,8 @@ def mean_answer_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     Raises:
         ValueError: If no position is scored.
     """
-    logits = answer_logits(model, batch)
-    logits, labels = scored_logits(logits, batch["labels"])
-    return functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
+    logits, labels = scored_logits(answer_logits(model, batch), batch["labels"])
+    return functional.cross_entropy(_precise(logits), labels)
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -49,15 +48,51 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tens
     Raises:
         ValueError: If no position is scored.
     """
-    logits, labels = answer_logits(model, batch)[:, :-1], batch["labels"][:, 1:].to(model.device)
+    return label_log_probs(answer_logits(model, batch), batch["labels"])
+
+
+def label_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of every label, and which of them are scored.
+
+    Args:
+        logits: Next-token logits. Shape: `(batch, length, vocabulary)`.
+        labels: Token ids, -100 where not scored, as in transformers. Shape: `(batch, length)`.
+
+    Returns:
+        As `answer_log_probs`.
+
+    Raises:
+        ValueError: If no position is scored.
+    """
+    logits, labels = logits[:, :-1], labels[:, 1:].to(logits.device)
     scored = labels != IGNORED
     if not scored.any():
         raise ValueError(problem("Every label is -100", "at least one scored position"))
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     nll = functional.cross_entropy(
-        rearrange(logits, "batch token vocabulary -> (batch token) vocabulary"),
+        rearrange(_precise(logits), "batch token vocabulary -> (batch token) vocabulary"),
         rearrange(labels, "batch token -> (batch token)"),
         reduction="none",
         ignore_index=IGNORED,
     )
     return -rearrange(nll, "(batch token) -> batch token", batch=len(labels)), scored
+
+
+def answer_predictions(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the predictions of the scored tokens of a batch, and those tokens.
+
+    Args:
+        model: A causal language model.
+        batch: As in `mean_answer_nll`.
+
+    Returns:
+        Log-probabilities of shape `(num_tokens, vocabulary)`, and token ids of shape `(num_tokens,)`.
+
+    Raises:
+        ValueError: If no position is scored.
+    """
+    logits, labels = scored_logits(answer_logits(model, batch), batch["labels"])
+    return _precise(logits).log_softmax(dim=-1), labels
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
