@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_simu._checks import problem
+from torch_simu.layers.dtensors import is_dtensor
 
 
 class StartModel:
@@ -43,7 +42,7 @@ class StartModel:
         _reshard(plain)
         params = self._params(plain)
         own = {
-            name: param.detach().clone() if isinstance(param, DTensor) else param.data for name, param in params.items()
+            name: param.detach().clone() if is_dtensor(param) else param.data for name, param in params.items()
         }
         try:
             _give(params, self._values)
@@ -63,14 +62,20 @@ class StartModel:
                 raise ValueError(problem(wrong, "that of the start model", advice))
             param = found[name]
             value = value.to(param.device)
-            if isinstance(param, DTensor) and not isinstance(value, DTensor):
-                value = distribute_tensor(value, param.device_mesh, param.placements)
+            if is_dtensor(param) and not is_dtensor(value):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
             self._values[name] = value
         return {name: found[name] for name in self._values}
 
 
 def _reshard(model: nn.Module) -> None:
     """Drop what FSDP2 has gathered: its root keeps whole parameters behind a forward, with what was in them then."""
+    if not any(is_dtensor(param) for param in model.parameters()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -79,7 +84,7 @@ def _reshard(model: nn.Module) -> None:
 def _give(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, param in params.items():
-            if isinstance(param, DTensor):
+            if is_dtensor(param):
                 # FSDP2 gathers from the memory that it knows.
                 param.copy_(values[name])
             else:
