@@ -1,5 +1,6 @@
 """Serve two erasure requests one after the other, and see what the second does to the first."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 import copy
@@ -10,6 +11,8 @@ from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, train_base
 from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.metrics.scoring import score_answers
+
+# --8<-- [end:imports]
 
 # --8<-- [start:model]
 # topic_share=0.5: those who are to be forgotten differ from all others in nothing but their names.

@@ -1,10 +1,11 @@
 """Make a model forget in the Hugging Face Trainer, which keeps its schedules, logs and checkpoints."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 import tempfile
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from torch_simu import NeuronSelection
 from torch_simu.unlearning.data.pairs import ForgetRetainPairs
@@ -13,6 +14,8 @@ from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import Probability
 from torch_simu.unlearning.trainer.trainer import SIMUOptimizerFactory, UnlearningTrainer
+
+# --8<-- [end:imports]
 
 # --8<-- [start:model]
 training = TrainConfig(epochs=60, lr=4e-3, batch_size=16)
@@ -63,6 +66,7 @@ trainer = UnlearningTrainer(
     optimizer_cls_and_kwargs=(SIMUOptimizerFactory, {"selection": NeuronSelection.full(model), **options}),
     callbacks=[StopWhenForgotten()],
 )
+trainer.remove_callback(PrinterCallback)
 trainer.train()
 # --8<-- [end:train]
 

@@ -1,5 +1,6 @@
 """Make a model forget facts in a training loop of your own, and see that their neighbors are still there."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 from torch_simu import NeuronSelection, SIMUOptimizer, register_neuron_hooks
@@ -10,6 +11,8 @@ from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.metrics.generation import generate_answers
 from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import answer_log_probs, mean_answer_nll
+
+# --8<-- [end:imports]
 
 # --8<-- [start:model]
 # A small model that knows fictional facts by heart; with a model of your own, load_model, load_rows and encode.

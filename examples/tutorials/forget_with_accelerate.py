@@ -1,5 +1,6 @@
 """Make a model forget in a loop of accelerate, in micro-batches."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 from accelerate import Accelerator
@@ -12,6 +13,8 @@ from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import Probability
 from torch_simu.unlearning.trainer.gradients import StepGradients
+
+# --8<-- [end:imports]
 
 # --8<-- [start:model]
 training = TrainConfig(epochs=60, lr=4e-3, batch_size=16)

@@ -1,5 +1,6 @@
 """Send an erasure to a model in production as a small file, check it, and take it back to the last bit."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 import tempfile
@@ -15,6 +16,8 @@ from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, train_base
 from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.metrics.scoring import score_answers
+
+# --8<-- [end:imports]
 
 # --8<-- [start:model]
 training = TrainConfig(epochs=60, lr=4e-3, batch_size=16)

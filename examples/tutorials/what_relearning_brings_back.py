@@ -1,5 +1,6 @@
 """Teach a model a third of what it forgot, and see how much of the rest comes back."""
 
+# --8<-- [start:imports]
 from __future__ import annotations
 
 import copy
@@ -12,6 +13,8 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, train_base
 from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.driver import unlearn
+
+# --8<-- [end:imports]
 
 # --8<-- [start:models]
 training = TrainConfig(epochs=60, lr=4e-3, batch_size=16)
@@ -28,7 +31,7 @@ models["never saw them"] = train_base(fiction, recipe, seed=0, sets=["retain", "
 # --8<-- [end:models]
 
 # --8<-- [start:attack]
-attack = AttackConfig(rates=(1e-3,), steps=40, interval=4)
+attack = AttackConfig(rates=(1e-3,), steps=30, interval=3)
 figure = Figure(figsize=(6.4, 3.6), layout="constrained")
 axes, back = figure.add_subplot(), {}
 for name, model in models.items():
@@ -36,7 +39,9 @@ for name, model in models.items():
     points = [(0, found.before.probability)] + [(point.step, point.probability) for point in found.trace]
     axes.plot(*zip(*points, strict=True), marker=".", label=name)
     back[name] = found.probability
-    print(f"{name}: {found.before.probability:.2f}, and {back[name]:.2f} after {found.num_taught} other rows were taught")
+    print(
+        f"{name}: {found.before.probability:.2f}, and {back[name]:.2f} after {found.num_taught} other rows were taught"
+    )
 axes.set(xlabel="steps of relearning", ylabel="mean probability of the rows not taught", ylim=(0, 1))
 axes.legend()
 figure.savefig("relearning.png", dpi=130)
