@@ -32,7 +32,7 @@ models["never saw them"] = train_base(fiction, recipe, seed=0, sets=["retain", "
 
 # --8<-- [start:attack]
 attack = AttackConfig(rates=(1e-3,), steps=30, interval=3)
-figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+figure = Figure(figsize=(7.6, 3.6), layout="constrained")
 axes, back = figure.add_subplot(), {}
 for name, model in models.items():
     found = attack_model(model, forget, attacks=["relearn"], config=attack)["relearn"]
@@ -43,7 +43,7 @@ for name, model in models.items():
         f"{name}: {found.before.probability:.2f}, and {back[name]:.2f} after {found.num_taught} other rows were taught"
     )
 axes.set(xlabel="steps of relearning", ylabel="mean probability of the rows not taught", ylim=(0, 1))
-axes.legend()
+figure.legend(loc="outside right upper")
 figure.savefig("relearning.png", dpi=130)
 # --8<-- [end:attack]
 
