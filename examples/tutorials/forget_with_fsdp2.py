@@ -49,12 +49,12 @@ def main() -> None:
 
     before = {name: known(name) for name in ("forget", "retain", "world")}
     groups = selection.param_groups(model)
-    optimizer = SIMUOptimizer(groups, lr=0.02, betas=(0.9, 0.8), hessian_interval=5, curvature="both")
+    optimizer = SIMUOptimizer(groups, lr=0.04, betas=(0.9, 0.8), hessian_interval=5, curvature="both")
     # Each process draws rows of its own.
     forget, retain = (Batches(fiction.examples[name], 8, seed=rank) for name in ("forget", "retain"))
     objective, steps = Probability(retain_weight=2.0), 0
     with StepGradients(model, optimizer, balance=True) as gradients:
-        while known("forget") > 0.1 and steps < 200:
+        while steps % 5 or (known("forget") > 0.1 and steps < 200):
             gradients.add(objective.terms(model, forget.batch(steps), retain.batch(steps)))
             optimizer.step()
             optimizer.zero_grad()

@@ -31,7 +31,7 @@ models["never saw them"] = train_base(fiction, recipe, seed=0, sets=["retain", "
 # --8<-- [end:models]
 
 # --8<-- [start:attack]
-attack = AttackConfig(rates=(1e-3,), steps=30, interval=3)
+attack = AttackConfig(rates=(1e-3,), steps=20, interval=2)
 figure = Figure(figsize=(7.6, 3.6), layout="constrained")
 axes, back = figure.add_subplot(), {}
 for name, model in models.items():
@@ -39,9 +39,7 @@ for name, model in models.items():
     points = [(0, found.before.probability)] + [(point.step, point.probability) for point in found.trace]
     axes.plot(*zip(*points, strict=True), marker=".", label=name)
     back[name] = found.probability
-    print(
-        f"{name}: {found.before.probability:.2f}, and {back[name]:.2f} after {found.num_taught} other rows were taught"
-    )
+    print(f"{name}: {found.before.probability:.2f}, at most {back[name]:.2f} while {found.num_taught} rows are taught")
 axes.set(xlabel="steps of relearning", ylabel="mean probability of the rows not taught", ylim=(0, 1))
 figure.legend(loc="outside right upper")
 figure.savefig("relearning.png", dpi=130)
