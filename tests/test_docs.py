@@ -95,7 +95,9 @@ def test_the_fenced_blocks_of_a_page_run_one_after_the_other(
     text, namespace = page.read_text(), {"__name__": "page"}
     for match in FENCE.finditer(text):
         if match[1].startswith("--8<--"):
-            assert (ROOT / match[1].split('"')[1]).is_file()
+            file, _, section = match[1].split('"')[1].partition(":")
+            assert not section or f"[start:{section}]" in (ROOT / file).read_text()
+            assert (ROOT / file).is_file()
             continue
         # Blank lines in front, so that a traceback names the line of the page.
         source = "\n" * text[: match.start(1)].count("\n") + match[1]
