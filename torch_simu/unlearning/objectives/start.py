@@ -41,9 +41,7 @@ class StartModel:
         plain = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
         _reshard(plain)
         params = self._params(plain)
-        own = {
-            name: param.detach().clone() if is_dtensor(param) else param.data for name, param in params.items()
-        }
+        own = {name: param.detach().clone() if is_dtensor(param) else param.data for name, param in params.items()}
         try:
             _give(params, self._values)
             with torch.no_grad():
