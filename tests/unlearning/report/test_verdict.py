@@ -15,10 +15,14 @@ KNOWN = MethodResult({"forget": dict.fromkeys(KEYS, 1.0)})
 
 
 @st.composite
-def results(draw: st.DrawFn) -> MethodResult:
+def results(draw: st.DrawFn, known: st.SearchStrategy[float] = shares) -> MethodResult:
     attack = {name: {"probability": draw(shares), "es": draw(shares)} for name in WHAT if draw(st.booleans())}
     membership = draw(st.none() | shares)
-    return MethodResult({"forget": {key: draw(shares) for key in KEYS}}, attack=attack or None, membership=membership)
+    return MethodResult(
+        {"forget": {key: draw(known if key == "probability" else shares) for key in KEYS}},
+        attack=attack or None,
+        membership=membership,
+    )
 
 
 def made(after: MethodResult) -> dict[str, str]:
@@ -40,7 +44,7 @@ def test_the_word_follows_from_the_rules_and_no_rule_from_elsewhere(after, refer
     assert all(rule.met == (rule.value <= rule.limit) for rule in verdict.rules if rule.value is not None)
 
 
-@given(results(), results(), shares)
+@given(results(), results(st.floats(0, 0.49)), shares)
 def test_limits_are_the_target_and_the_reference_with_its_tolerance(after, reference, target) -> None:
     rules = judge(after, before=KNOWN, reference=reference, target=target, attacks=made(after)).rules
     floors = [reference.sets["forget"][key] + TOLERANCE for key in KEYS[1:]]
@@ -78,6 +82,14 @@ def test_membership_counts_from_chance_to_both_sides() -> None:
     assert [judged(auc).word for auc in (0.0, 1.0)] == ["not forgotten"] * 2
     assert judged(0.45).word == judged(0.55).word == judged(None).word == "forgotten, attacks not measured"
     assert any("--unseen" in rule.basis for rule in judged(None).rules)
+
+
+def test_a_reference_that_knows_the_rows_sets_no_limit_and_is_named() -> None:
+    low = MethodResult({"forget": dict.fromkeys(KEYS, 0.01)})
+    with_base = judge(low, before=KNOWN, reference=KNOWN, target=0.1)
+    assert [rule.limit for rule in with_base.rules[:3]] == [0.1, ENDING, LIMIT]
+    assert "The reference knows the rows itself" in with_base.sentence
+    assert "The reference" not in judge(low, before=KNOWN, reference=low, target=0.1).sentence
 
 
 def test_a_model_that_never_knew_the_rows_is_named() -> None:

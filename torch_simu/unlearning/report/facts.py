@@ -181,7 +181,7 @@ class RunFacts:
             "The limits are relative to the reference model that was given; they are as good as it is."
             if self.reference is not None
             else "There was no reference model, so the limits are conventions of this report.",
-            "What was kept was measured on the sets below only; other knowledge and skills may have changed.",
+            "What was kept was measured on the sets above only; other knowledge and skills may have changed.",
             "This report is not signed: who can write its files can write other hashes into them.",
         ]
 

@@ -81,7 +81,8 @@ def judge(
     that are generated as they are, the probability after each attack, and the distance of membership inference from
     chance are at most `TOLERANCE` above those of the reference. Without a reference the limit is a convention, `LIMIT`
     or `ENDING`; of an attack it is the target, which is strict: also a model that never saw the rows learns something
-    of them when others are taught.
+    of them when others are taught. A reference that knows the rows more than half as well as the model did, above the
+    target, sets no limit: it is no model that never saw them.
 
     Args:
         after: The figures of the model that forgot.
@@ -97,6 +98,10 @@ def judge(
     """
     goal = LIMIT if target is None else target
     asked = _CONVENTION if target is None else "the target that was asked for"
+    known = before.sets["forget"]["probability"]
+    ignored = reference is not None and reference.sets["forget"]["probability"] > (goal + known) / 2 > goal
+    if ignored:
+        reference = None
     found, beside = after.sets["forget"], None if reference is None else reference.sets["forget"]
     rules = [
         Rule("The true answers are not likely any more: mean probability.", found["probability"], goal, asked),
@@ -120,7 +125,7 @@ def judge(
         rules.append(Rule(text, value, limit, basis, attack=True))
     if not any(rule.attack for rule in rules):
         rules.append(Rule("After attacks, relearning above all.", None, None, "Call with --attack.", attack=True))
-    return _summed_up(rules, known=before.sets["forget"]["probability"] > goal)
+    return _summed_up(rules, known=known > goal, ignored=ignored)
 
 
 def _beside(text: str, value: float | None, reference: Mapping[str, float] | None, name: str) -> Rule:
@@ -145,9 +150,11 @@ def _above(floor: float) -> str:
     return f"the reference's {floor:.3f}, and {TOLERANCE} above it"
 
 
-def _summed_up(rules: Sequence[Rule], *, known: bool) -> Verdict:
+def _summed_up(rules: Sequence[Rule], *, known: bool, ignored: bool) -> Verdict:
     failed = [rule for rule in rules if rule.met is False]
     unknown = "" if known else " The model did not know the rows well before either."
+    if ignored:
+        unknown += " The reference knows the rows itself, so it sets no limit here."
     if any(not rule.attack for rule in failed):
         said = "Not forgotten: the model misses a rule already when it is merely asked."
         return Verdict("not forgotten", said + unknown, rules)

@@ -98,9 +98,10 @@ def _short(summary: _Facts) -> Section:
         ("What changed?", f"{_share(changed['share'])} of its weights, in {changed['num_changed']} tensors."),
         ("Is it forgotten?", summary["verdict"]["sentence"]),
         ("What did it cost?", NOT_MEASURED if loss is None else _loss(loss)),
-        ("What can go wrong?", summary["remains"][0]),
+        ("What can go wrong?", " ".join([*summary["remains"][:2], summary["limits"][1]])),
     ]
-    return Section("In short", [Table(["Question", "Answer"], [list(each) for each in answers])])
+    said = "A language model was made to forget chosen rows of data. This page says which, how well, and what remains."
+    return Section("In short", [said, Table(["Question", "Answer"], [list(each) for each in answers])])
 
 
 def _verdict(verdict: _Facts) -> Section:
