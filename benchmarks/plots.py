@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.tables import loaded
+from torch_simu.unlearning.report.style import COLORS, label_ends, looks, new_figure, save_figure, styled
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
@@ -22,29 +22,44 @@ def times(axes: Axes) -> None:
     result = loaded("attribution")
     for place, (each, label) in enumerate(zip(result["summary"], ("all positions", "a quarter"), strict=True)):
         seconds = each["best_seconds"]
-        bars = axes.barh([number + 0.4 * place for number in range(len(seconds))], seconds.values(), 0.38, label=label)
+        bars = axes.barh(
+            [number + 0.4 * place for number in range(len(seconds))],
+            seconds.values(),
+            0.38,
+            label=label,
+            color=COLORS[place],
+            hatch="" if place else "//",
+        )
         ranks = [min(row["spearman"] for row in result["rows"] if row["method"] == name) for name in seconds]
         axes.bar_label(bars, [f"rank {rank:.2f}" if not place else "" for rank in ranks], padding=3, fontsize=8)
     axes.set_yticks([number + 0.2 for number in range(len(seconds))], [name.replace("_", " ") for name in seconds])
     axes.set_xscale("log")
     axes.set_xlim(right=4 * max(result["summary"][0]["best_seconds"].values()))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds for one sequence of 48 tokens (4 layers, d 192, 10 path points, one thread)")
+    # The axis would write its powers as formulas, which the style shows as they stand.
+    axes.xaxis.set_major_formatter("{x:g}")
+    about = "4 layers, d 192, 10 path points, one thread"
+    axes.set_xlabel(f"seconds for one sequence of 48 tokens (left is better)\n{about}")
     axes.legend(title="scored", frameon=False)
 
 
 def knockout(axes: Axes) -> None:
     """Loss of the forget set against that of the retain set without the highest-scored neurons of each layer."""
     rows = [row for row in loaded("knockout")["rows"] if "forget" in row]
-    for name in [name for name in dict.fromkeys(row["score"] for row in rows) if name != "none"]:
+    names = [name for name in dict.fromkeys(row["score"] for row in rows) if name != "none"]
+    drawn, ends = looks(names), {}
+    for name in names:
         shares = sorted({row["share"] for row in rows})
         ours = [[row for row in rows if row["share"] == share and row["score"] in (name, "none")] for share in shares]
         points = [[mean(row[each]["nll"] for row in group) for group in ours] for each in ("retain", "forget")]
         style = "--" if name in ("random", "loss (literal)") else "-"
-        axes.plot(*points, style, marker="o", label=name)
-    axes.set_xlabel("negative log-likelihood of the retain set")
-    axes.set_ylabel("negative log-likelihood of the forget set")
-    axes.legend(title="without the top 3, 10, 30 % by", frameon=False)
+        color, marker = drawn[name]
+        axes.plot(*points, style, marker=marker, color=color)
+        ends[name] = (points[0][-1], points[1][-1])
+    axes.set_title("without the top 3, 10, 30 % of the neurons by", fontsize="medium", loc="right")
+    axes.set_xlabel("retain set: negative log-likelihood, nats per token (left is better)")
+    axes.set_ylabel("forget set: negative log-likelihood,\nnats per token (up is better)")
+    label_ends(axes, ends, drawn)
 
 
 def relearning(axes: Axes) -> None:
@@ -54,27 +69,32 @@ def relearning(axes: Axes) -> None:
         for row in loaded("robustness")["rows"]
         if row["attack"] in ("none", "relearned from a third of the forget people")
     ]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    drawn, ends = looks(methods), {}
+    for method in methods:
         ours = [row for row in rows if row["method"] == method]
         steps = sorted({row.get("relearn_steps", 0) for row in ours})
         values = [[row["forget"]["es"] for row in ours if row.get("relearn_steps", 0) == step] for step in steps]
         style = "--" if method in ("before", "retrained") else "-"
-        (line,) = axes.plot(steps, [mean(each) for each in values], style, marker="o", label=method)
+        color, marker = drawn[method]
+        axes.plot(steps, [mean(each) for each in values], style, marker=marker, color=color)
         axes.fill_between(
-            steps, [min(each) for each in values], [max(each) for each in values], alpha=0.12, color=line.get_color()
+            steps, [min(each) for each in values], [max(each) for each in values], alpha=0.12, color=color
         )
-    axes.set_xlabel("steps of relearning from a third of the forget people")
-    axes.set_ylabel("extraction strength of the others")
-    axes.legend(frameon=False, loc=(0.02, 0.52), fontsize=8)
+        ends[method] = (steps[-1], mean(values[-1]))
+    axes.set_xlabel("steps of relearning from a third of the forget people (bands: the seeds)")
+    axes.set_ylabel("extraction strength of the others (lower is better)")
+    label_ends(axes, ends, drawn)
 
 
 def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -> None:
     """Write one plot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    plot(axes)
-    figure.savefig(IMAGES / f"{name}.png", dpi=130)
+    with styled():
+        figure = new_figure(width, height)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        plot(axes)
+        save_figure(figure, IMAGES / f"{name}.png")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,3 +28,9 @@ def sha256_of_all(tensors: Iterable[tuple[str, Tensor]], start: str = "") -> str
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def sha256_of_hashes(hashes: Mapping[str, str]) -> str:
+    """Return one sha256 over names and their hashes: that of the lines `hash  name` in the order of the names."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -67,7 +67,7 @@ def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, ca
         off = ~selection.mask(layer) if (layer := name.removesuffix(".weight")) in selection else slice(None)
         assert torch.equal(before[..., off], after[..., off])
     assert "| simu |" in (out / "report.md").read_text() and "simu " in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.key"]
 
 
 def test_an_objective_that_refuses_gets_refusals_from_the_tokenizer(files, tmp_path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests.patch.test_checkpoints import content
 from tests.patch.test_patch import pair
-from torch_simu import NeuronPatch
+from torch_simu import NeuronPatch, __version__
+from torch_simu._hashes import sha256_of_hashes
 from torch_simu.cli.app import main
+from torch_simu.cli.recording import tensor_hashes
 from torch_simu.patch.change import change_between
 
 
@@ -37,7 +41,16 @@ def test_a_patch_is_made_applied_verified_shown_and_taken_back(tmp_path: Path, c
     assert run("apply", patch, tmp_path / "base", tmp_path / "patched") == 0
     assert content(tmp_path / "patched") == content(tmp_path / "model")
     assert run("verify", patch, tmp_path / "base", tmp_path / "patched", "--out", tmp_path / "audit.json") == 0
-    assert json.loads((tmp_path / "audit.json").read_text())["passed"]
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["passed"] and [audit[part]["name"] for part in ("base", "model", "patch")] == [
+        "base",
+        "patched",
+        "patch",
+    ]
+    assert audit["version"] == __version__ and datetime.fromisoformat(audit["date"]).tzinfo is not None
+    for part, place in (("base", "base"), ("model", "patched")):
+        hashes = tensor_hashes(AutoModelForCausalLM.from_pretrained(tmp_path / place))
+        assert audit[part]["sha256"] == sha256_of_hashes(hashes)
     assert run("verify", patch, tmp_path / "base", tmp_path / "base") == 1
     assert "Not as the patch says" in capsys.readouterr().out
     assert run("show", patch) == 0

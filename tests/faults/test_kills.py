@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from tests.faults.killing import KILLED, child, content
 from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import NeuronPatch, NeuronSelection
-from torch_simu.cli import jobs
+from torch_simu.cli import jobs, recording
 from torch_simu.cli.app import main
+from torch_simu.unlearning.report import facts
 
 FEW = 40
 
@@ -30,7 +31,10 @@ Work = Callable[[], object]
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are written without being drawn: a command is called hundreds of times."""
     monkeypatch.setattr(jobs, "plot_curves", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
-    monkeypatch.setattr(jobs, "plot_attribution", lambda *arguments: arguments[1].write_bytes(b"plot"))
+    monkeypatch.setattr(jobs, "plot_attribution", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
+    # Otherwise no two reports were the same.
+    monkeypatch.setattr(facts, "now", lambda: "2026-11-28T00:00:00+00:00")
+    monkeypatch.setattr(recording, "new_key", lambda: "0f" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def timeless(folder: Path) -> dict[str, str]:
     """Every file and folder below a folder, and what the files hold but wall times, which only reports hold."""
     found = content(folder)
     for path in folder.rglob("report.*"):
-        pattern = r'(?<="seconds": )[\d.]+' if path.suffix == ".json" else r"[\d.]+ (?=\|$)"
+        pattern = r"(?<=\"seconds\": )[\d.]+|[\d.]+ (?=\|$)|(?<=<td>)[\d.]+(?=</td></tr>)"
         found[str(path.relative_to(folder))] = re.sub(pattern, "", path.read_text(), flags=re.MULTILINE)
     return found
 

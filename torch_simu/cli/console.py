@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from torch_simu.unlearning.attack.result import AttackResult
 from torch_simu.unlearning.progress import Progress as ProgressCallback
+from torch_simu.unlearning.report.page import plain as plain
 from torch_simu.unlearning.report.report import RELEARN, Report
 
 _WIDTH = 80
@@ -22,17 +22,6 @@ _NAME = 20
 _MEASURED = "EM   ES   prob"
 _COSTS: Mapping[str, str] = MappingProxyType({"changed": "weights\nchanged", "state": "state", "seconds": "s"})
 """Column of `Report.costs` -> its title."""
-
-
-def plain(text: object) -> str:
-    r"""Return text with all that a terminal would act on as escapes: it may come from a file that others wrote.
-
-    Examples:
-        >>> print(plain("a\x1b[2J\u202eb\n"))
-        a\x1b[2J\u202eb\n
-    """
-    shown = (each if each.isprintable() or unicodedata.category(each) == "Zs" else _escaped(each) for each in str(text))
-    return "".join(shown)
 
 
 def say(console: Console, text: object, *, style: str = "", soft_wrap: bool = False) -> None:
@@ -154,7 +143,12 @@ def _table(report: Report, sets: list[str], *, costs: bool) -> Table:
     if attacked:
         table.add_column("back", justify="right", no_wrap=True, vertical="bottom")
     for method, result in report.methods.items():
-        cells = [" ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability")) for name in sets]
+        cells = [
+            " ".join(_four(result.sets[name][key]) for key in ("em", "es", "probability"))
+            if name in result.sets
+            else ""
+            for name in sets
+        ]
         found = result.costs()
         if result.seconds is not None:
             found["seconds"] = f"{result.seconds:.0f}"
@@ -162,10 +156,6 @@ def _table(report: Report, sets: list[str], *, costs: bool) -> Table:
         ends = [] if not attacked else ["" if back is None else _four(back["probability"])]
         table.add_row(Text(plain(method)), *cells, *(found.get(name, "") for name in known), *ends)
     return table
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def show_text(console: Console, text: str) -> None:

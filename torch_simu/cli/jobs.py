@@ -9,6 +9,7 @@ from torch_simu.attribution import Attribution
 from torch_simu.cli.attack.attacking import Attacking, attack_notes, floor_of, worst_of
 from torch_simu.cli.loading import BASE_STILL_KNOWS, Loading
 from torch_simu.cli.measuring import Measuring, Show, Sources, read_sets, show_first
+from torch_simu.cli.recording import Recording, RowKey, tensor_hashes
 from torch_simu.cli.reference import read_reference
 from torch_simu.cli.saving import check_saves, save_model, save_scores
 from torch_simu.deltas import attached_layers, decode_model
@@ -39,6 +40,8 @@ def unlearn_job(
     loading: Loading | None = None,
     measuring: Measuring | None = None,
     attack: AttackConfig | None = None,
+    reference: str | None = None,
+    row_key: Path | None = None,
     save_as: str = "loaded",
     force: bool = False,
     progress: Progress | None = None,
@@ -52,12 +55,14 @@ def unlearn_job(
 
     Args:
         model: Folder of the model and its tokenizer.
-        sets: Set -> its rows.
+        sets: Set -> its rows; of "unseen" rows, which no model saw, the report says whether the forgotten ones differ.
         out: A new folder for the results.
         config: Every choice of the run.
         loading: How the model is loaded.
         measuring: How the sets are measured.
         attack: How the models before and after are attacked; None: they are not.
+        reference: A model that never saw the rows, or what `evaluate_job` wrote of one, to compare with.
+        row_key: File of the key under which the report names the rows, made where there is none; None: `OUT.key`.
         save_as: "loaded": codes and deltas apart; "float": a plain model of float weights.
         force: Replace an older result at `out`.
         progress: Told of each stage.
@@ -75,28 +80,25 @@ def unlearn_job(
     """
     loading, measuring = loading or Loading(), measuring or Measuring()
     check_choice("save_as", save_as, ("loaded", "float"))
-    check_writable(out, force=force, inputs=[model, *sets.values()])
+    check_writable(out, force=force, inputs=[model, *sets.values(), *filter(None, [reference])])
     check_plots()
     if loading.load_in is not None and config.where in ("all", "attention"):
         wrong = f"Method {config.method!r} trains whole weights, and load_in is {loading.load_in!r}"
         raise ValueError(problem(wrong, "a method that trains neurons", "Or leave the model unquantized."))
+    key = RowKey.beside(out, row_key)
     rows = read_sets(sets)
     if attack is not None:
         split_rows(rows["forget"], every=attack.attacker_every)
+    recording = Recording(model, sets, rows, key, loading, measuring, attack, progress)
     with locked(out, resumable=True) as checkpoint:
+        other = recording.of_reference(reference)
         net, tokenizer = loading.load(model, float_attention=config.attention == "full")
         check_saves(net)
         show_first(rows, tokenizer, measuring.max_length, show)
-        examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in rows.items()}
-        attacks = Attacking(attack, tokenizer, rows, measuring.max_length, progress)
-        before = MethodResult(
-            measuring.measures(net, tokenizer, rows, "evaluate before", progress),
-            0.0,
-            0,
-            0.0,
-            0,
-            worst_of(attacks.on(net, "before")),
-        )
+        recorded = recording.measured
+        examples = {name: encode(part, tokenizer, max_length=measuring.max_length) for name, part in recorded.items()}
+        before_tensors = tensor_hashes(net)
+        before, _ = recording.of(net, tokenizer, "before")
         kept = {name: part for name, part in examples.items() if name != "forget"}
         done = unlearn(
             net,
@@ -112,28 +114,31 @@ def unlearn_job(
         if save_as == "float":
             # Before it is measured: the figures are those of what is written.
             decode_model(net)
-        measures = measuring.measures(net, tokenizer, rows, "evaluate after", progress)
-        found = attacks.on(net, "after")
-        after = MethodResult(
-            measures,
-            done.changed_share,
-            done.optimizer_bytes,
-            done.seconds,
-            done.steps,
-            worst_of(found),
+        after, found = recording.of(net, tokenizer, "after", done)
+        summary = recording.summary(
+            net,
+            done,
+            config,
+            before=before,
+            after=after,
+            reference=other,
+            attacks=found,
+            before_tensors=before_tensors,
+            save_as=save_as,
         )
         report = Report(
             f"torch-simu unlearn: {config.method}",
             config.seed,
-            {"before": before, config.method: after},
+            {"before": before, config.method: after, **({} if other is None else {"reference": other})},
             config.to_json(),
             [
                 *bargain(before, after, config.forget_target, reached=done.reached),
-                *attack_notes(found),
+                *attack_notes(found, reference=floor_of(other)),
                 *([] if done.attribution is None else [missed(done.attribution)]),
                 *([BASE_STILL_KNOWS] if attached_layers(net) else []),
             ],
             reached=done.reached,
+            summary=summary,
         )
         with whole_folder(out, force=force, run=checkpoint) as folder:
             save_model(net, tokenizer, folder)
@@ -147,10 +152,11 @@ def unlearn_job(
                 done.selection.save(folder / "selection.safetensors")
             if done.attribution is not None:
                 done.attribution.save(folder / "attribution.safetensors")
-                plot_attribution(done.attribution, folder / "attribution.png")
+                plot_attribution(done.attribution, folder / "attribution.png", selection=done.selection)
                 plots.append("attribution.png")
             write_log(folder / "steps.jsonl", done.log)
             report.save(folder, plots)
+            key.save()
     return report
 
 

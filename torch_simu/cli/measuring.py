@@ -20,12 +20,16 @@ Show = Callable[[str], None]
 Sources = Mapping[str, str]
 """Set -> its file or data set; "forget" is always there."""
 
+UNSEEN = "unseen"
+"""The set of rows that no model saw, which serve membership inference and nothing else."""
+
 
 def read_sets(sets: Sources) -> dict[str, list[Row]]:
-    """Read the rows of each set, and raise where the forget and the retain set share one."""
+    """Read the rows of each set, and raise where the forget set shares one with the retain set, or an unseen one."""
     rows = {name: load_rows(source) for name, source in sets.items()}
-    if "retain" in rows:
-        check_disjoint(rows["forget"], rows["retain"])
+    for name in ("retain", UNSEEN):
+        if name in rows:
+            check_disjoint(rows["forget"], rows[name], other=name)
     return rows
 
 

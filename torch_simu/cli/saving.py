@@ -20,7 +20,7 @@ def save_scores(selection: NeuronSelection, attribution: Attribution, folder: Pa
     """Write scores, selection, heat map and what a person reads of them into a folder."""
     selection.save(folder / "selection.safetensors")
     attribution.save(folder / "attribution.safetensors")
-    plot_attribution(attribution, folder / "attribution.png")
+    plot_attribution(attribution, folder / "attribution.png", selection=selection)
     layers = {
         layer: {
             "selected": len(selection[layer]),

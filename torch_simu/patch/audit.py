@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 from torch import Tensor
 
 from torch_simu._files import replacing
-from torch_simu._hashes import sha256_of
+from torch_simu._hashes import sha256_of, sha256_of_hashes
 from torch_simu.patch.change import Change
 
 
@@ -24,10 +27,13 @@ class Audit:
             side only has it and no model reads it), sha256 `before` and `after`, and for columns how many neurons are
             `selected`, of how many.
         problems: What is not as the patch says; empty where everything is.
+        about: What was compared: "base" and "model" with a "sha256" over the lines `hash  name` of their tensors and a
+            "name" where they have one, "patch" likewise (over what it says of each tensor), "date" and "version".
     """
 
     tensors: Mapping[str, Mapping[str, object]]
     problems: tuple[str, ...]
+    about: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -45,8 +51,21 @@ class Audit:
 
     def to_json(self) -> str:
         """Return the audit as JSON, for the record."""
-        content = {"passed": self.passed, "problems": self.problems, "counts": self.counts, "tensors": self.tensors}
+        content = {
+            "passed": self.passed,
+            "problems": self.problems,
+            "counts": self.counts,
+            **self.about,
+            "tensors": self.tensors,
+        }
         return json.dumps(content, indent=1, default=dict)
+
+    def named(self, **names: str) -> Audit:
+        """Return the audit with names for what was compared: "base", "model", "patch"."""
+        parts = {
+            part: {"name": name, **cast("dict[str, object]", self.about.get(part, {}))} for part, name in names.items()
+        }
+        return replace(self, about={**self.about, **parts})
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a file, whole or not at all."""
@@ -60,7 +79,7 @@ class Audit:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return False
-        return isinstance(content, dict) and content.keys() == {"passed", "problems", "counts", "tensors"}
+        return isinstance(content, dict) and {"passed", "problems", "counts", "tensors"} <= content.keys()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items())
@@ -87,10 +106,13 @@ def audit(
     """
     rows: dict[str, dict[str, object]] = {}
     problems = []
+    hashes: dict[str, dict[str, str]] = {"base": {}, "model": {}}
     for name in dict.fromkeys([*base, *model, *changes]):
         change = changes.get(name)
         before = sha256_of(base[name]) if name in base else None
         after = sha256_of(model[name]) if name in model else None
+        hashes["base"] |= {} if before is None else {name: before}
+        hashes["model"] |= {} if after is None else {name: after}
         expected = (change.before, change.after) if change else (before, before)
         if change is not None and change.kind == "delta":
             # Of a delta the first hash is that of the codes beside it.
@@ -107,4 +129,14 @@ def audit(
         rows[name] = {"status": "unexpected", "before": before, "after": after}
         wanted = "is not as the patch says" if change else "differs and is not in the patch"
         problems.append(f"Tensor {name!r} {wanted}")
-    return Audit(rows, tuple(problems))
+    hashes["patch"] = {name: f"{change.before} {change.after}" for name, change in changes.items()}
+    about: dict[str, object] = {part: {"sha256": sha256_of_hashes(each)} for part, each in hashes.items()}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "version": _version()}
+    return Audit(rows, tuple(problems), about)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torch-simu")
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

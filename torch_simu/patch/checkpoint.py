@@ -109,13 +109,14 @@ def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -
         found = {name: change.value for name, change in deltas_beside(model).items()}
         there = {name: change.value for name, change in deltas_beside(base).items()}
         codes = {name: stored_fingerprint(after, layer_of(name)) for name in found}
-        return audit(
+        made = audit(
             patch.changes,
             ChainMap(there, cast("dict[str, Tensor]", before)),
             ChainMap(found, cast("dict[str, Tensor]", after)),
             unread=before.unread | after.unread,
             codes=codes,
         )
+        return made.named(base=Path(base).resolve().name, model=Path(model).resolve().name)
 
 
 def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: bool) -> None:

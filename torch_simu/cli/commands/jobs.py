@@ -55,6 +55,8 @@ def unlearn(
     retain: options.Retain,
     out: options.Out,
     world: options.World = None,
+    unseen: options.Unseen = None,
+    reference: options.Reference = None,
     method: options.Method = _RUN.method,
     objective: options.Objective = None,
     lr: options.Lr = None,
@@ -91,6 +93,7 @@ def unlearn(
     save_as: options.SaveAs = "loaded",
     device: options.Device = None,
     attack: options.Attack = False,
+    row_key: options.RowKey = None,
     force: options.Force = False,
 ) -> None:
     """Make a model forget: attribute, select, unlearn, evaluate, save. A killed run goes on when called again."""
@@ -133,7 +136,8 @@ def unlearn(
         seed=seed,
     )
     console = Console()
-    sets = {"forget": forget, "retain": retain} | ({} if world is None else {"world": world})
+    sets = {"forget": forget, "retain": retain}
+    sets |= {name: source for name, source in {"world": world, "unseen": unseen}.items() if source is not None}
     with progress_bars(console) as progress:
         report = unlearn_job(
             model,
@@ -143,13 +147,15 @@ def unlearn(
             loading=Loading(dtype, device, load_in),
             measuring=Measuring(batch_size, max_length),
             attack=_attack(attack, batch_size, seed),
+            reference=reference,
+            row_key=row_key,
             save_as=save_as,
             force=force,
             progress=progress,
             show=partial(show_text, console),
         )
     show_report(console, report)
-    say(console, f"Model, selection, step log and report: {out}")
+    say(console, f"Model, selection, step log and report (report.html): {out}")
     if report.reached is False:
         raise typer.Exit(_NOT_REACHED)
 

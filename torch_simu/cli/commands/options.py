@@ -44,6 +44,12 @@ Forget = Annotated[str, typer.Option(help=f"Rows to forget: {_DATA}.")]
 Retain = Annotated[str, typer.Option(help="Rows to keep, in the same formats.")]
 Contrast = Annotated[str | None, typer.Option(help="Rows to contrast with.")]
 World = Annotated[str | None, typer.Option(help="Rows that are measured only, in no batch.")]
+Unseen = Annotated[
+    str | None, typer.Option(help="Rows like those to forget that no model saw: can they be told apart?")
+]
+RowKey = Annotated[
+    Path | None, typer.Option(help="File of the key under which the report names the rows; OUT.key, made if missing.")
+]
 TofuRows = Annotated[str | None, typer.Option(help="Rows for --suite tofu.")]
 Reference = Annotated[
     str | None,

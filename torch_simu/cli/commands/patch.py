@@ -92,7 +92,7 @@ def verify(
     """Prove by hash that the patch, and nothing else, lies between two checkpoints; exit status 1 if not."""
     if out is not None:
         check_replaceable(out, ours=Audit.is_file(out), force=force)
-    audit = verify_checkpoint(NeuronPatch.load(patch), base, model)
+    audit = verify_checkpoint(NeuronPatch.load(patch), base, model).named(patch=patch.name)
     if out is not None:
         audit.save(out)
     say(Console(), audit)

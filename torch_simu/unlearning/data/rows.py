@@ -149,10 +149,15 @@ def load_rows(source: str | Path) -> list[Row]:
     return _numbered_rows(read_records(source), str(source))
 
 
-def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
+def check_disjoint(forget: Sequence[Row], retain: Sequence[Row], *, other: str = "retain") -> None:
     """Raise if a row is to be forgotten and retained at once.
 
     Two rows are the same when question, earlier turns and a right answer are, whatever their case and white space.
+
+    Args:
+        forget: The rows to forget.
+        retain: The rows to keep, or others that may be none of them.
+        other: What the error calls the second set.
 
     Raises:
         DataError: If the sets overlap; it names the first pair and counts the rows.
@@ -164,11 +169,11 @@ def check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     both = [(row, found) for row in forget for found in [retained.get(each) for each in _contents(row)] if found]
     if both:
         rows = {id(row) for row, _ in both}
-        first, other = both[0]
+        first, second = both[0]
         count = f"{len(rows)} row{'s are' if len(rows) > 1 else ' is'}"
         said = (first.question or first.answer)[:60]
         wrong = (
-            f"{count} in both the forget and the retain set, the first at {first.place} and {other.place} ({said!r})"
+            f"{count} in both the forget and the {other} set, the first at {first.place} and {second.place} ({said!r})"
         )
         raise DataError(problem(wrong, "disjoint sets", "Remove each such row from one of the two."))
 

@@ -7,73 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from torch_simu._files import replacing
-
-Measures = Mapping[str, float]
-"""The `MEASURES` of one set, each in [0, 1]."""
-
-MEASURES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "em": ("EM", "exact memorization"),
-        "es": ("ES", "extraction strength"),
-        "probability": ("prob.", "probability of the answer"),
-        "qa_exact_match": ("QA", "generated answer equals the true one"),
-    }
-)
-"""Measure of every set of a report -> title of its column, and what it is."""
-
-RELEARN = "relearn"
-"""The attack that has a column of its own, "back": what comes back of some forget rows when others are learned."""
+from torch_simu.unlearning.report.page import Note, Part, Picture, Section, Table, to_html, to_markdown
+from torch_simu.unlearning.report.result import MEASURES as MEASURES
+from torch_simu.unlearning.report.result import RELEARN as RELEARN
+from torch_simu.unlearning.report.result import Measures as Measures
+from torch_simu.unlearning.report.result import MethodResult as MethodResult
+from torch_simu.unlearning.report.result import readable_bytes as readable_bytes
+from torch_simu.unlearning.report.words import appendices_of, sections_of
 
 _PACKAGES = ("torch-simu", "torch", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class MethodResult:
-    """One row of a report.
-
-    Attributes:
-        sets: "forget", "retain" and perhaps "world" -> measures.
-        changed_share: Share of the model's weights that differ from before; None, as below: not known.
-        optimizer_bytes: Bytes of the optimizer's state.
-        seconds: Wall time.
-        steps: Number of optimizer steps.
-        attack: Name of an attack -> "probability" and "es" of the forget rows that it was scored on, the largest that
-            it came to; see `torch_simu.unlearning.attack`.
-    """
-
-    sets: Mapping[str, Measures]
-    changed_share: float | None = None
-    optimizer_bytes: int | None = None
-    seconds: float | None = None
-    steps: int | None = None
-    attack: Mapping[str, Measures] | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """Return the row as JSON knows it, without what is not known."""
-        sets = {
-            name: {key: measures[key] for key in MEASURES if key in measures} for name, measures in self.sets.items()
-        }
-        costs = {
-            "changed_share": self.changed_share,
-            "optimizer_bytes": self.optimizer_bytes,
-            "seconds": None if self.seconds is None else round(self.seconds, 3),
-            "steps": self.steps,
-        }
-        attack = {} if self.attack is None else {"attack": {name: dict(each) for name, each in self.attack.items()}}
-        return {**sets, **{name: value for name, value in costs.items() if value is not None}, **attack}
-
-    def costs(self) -> dict[str, str]:
-        """Return what is known of the work, in words: "changed", "state", "steps" and "seconds"."""
-        found = {
-            "changed": None if self.changed_share is None else f"{100 * self.changed_share:.3g} %",
-            "state": None if self.optimizer_bytes is None else readable_bytes(self.optimizer_bytes),
-            "steps": None if self.steps is None else str(self.steps),
-            "seconds": None if self.seconds is None else f"{self.seconds:.1f}",
-        }
-        return {name: text for name, text in found.items() if text is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +32,8 @@ class Report:
         settings: Choices to record beside the results.
         notes: Sentences below the table.
         reached: Whether the forget target was reached; None where there was none.
+        summary: What a person should know of a run, as `torch_simu.unlearning.report.facts.RunFacts.to_json` returns
+            it; None where the report is a table only.
     """
 
     title: str
@@ -95,17 +42,19 @@ class Report:
     settings: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     reached: bool | None = None
+    summary: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON knows it."""
         return {
             "title": self.title,
             "seed": self.seed,
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: package_version(name) for name in _PACKAGES},
             "methods": {name: result.to_json() for name, result in self.methods.items()},
             "settings": dict(self.settings),
             "notes": list(self.notes),
             **({} if self.reached is None else {"reached": self.reached}),
+            **({} if self.summary is None else {"summary": dict(self.summary)}),
         }
 
     def measures(self) -> dict[str, tuple[str, str]]:
@@ -133,55 +82,70 @@ class Report:
         return [
             [
                 method,
-                *(f"{measures[key]:.3f}" for measures in result.sets.values() for key in self.measures()),
+                # A set that a method was not measured on has empty cells.
+                *(
+                    f"{result.sets[name][key]:.3f}" if name in result.sets else ""
+                    for name in next(iter(self.methods.values())).sets
+                    for key in self.measures()
+                ),
                 *(result.costs().get(name, "") for name in self.costs()),
             ]
             for method, result in self.methods.items()
         ]
 
+    def sections(self, plots: Sequence[str] = ()) -> list[Section]:
+        """Return the parts of the report's page.
+
+        Args:
+            plots: Files of plots, which lie beside the page.
+        """
+        figures = Section(
+            "" if self.summary is None else "All figures",
+            [
+                Note(f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in self.measures().values())}."),
+                Table(self.header(), self.rows(), numbers=True),
+                *self._attack_table(),
+                *map(Note, self.notes),
+                *map(Picture, plots),
+            ],
+        )
+        if self.summary is None:
+            return [figures]
+        return [*sections_of(self.summary), figures, *appendices_of(self.summary, self.settings)]
+
     def to_markdown(self, plots: Sequence[str] = ()) -> str:
         """Return the report as a Markdown page that shows the plots, which lie beside it."""
-        header = self.header()
-        lines = [
-            f"# {self.title}",
-            "",
-            f"Seed {self.seed}. {', '.join(f'{title}: {what}' for title, what in self.measures().values())}.",
-            "",
-            "| " + " | ".join(header) + " |",
-            "|" + "---|" * len(header),
-            *("| " + " | ".join(row) + " |" for row in self.rows()),
-            "",
-            *self._attack_table(),
-            *(f"{note}\n" for note in self.notes),
-            *(f"![{Path(plot).stem.replace('_', ' ')}]({plot})\n" for plot in plots),
-        ]
-        return "\n".join(lines).rstrip() + "\n"
+        return to_markdown(self.title, self.sections(plots))
 
-    def _attack_table(self) -> list[str]:
+    def to_html(self, plots: Sequence[str] = (), folder: Path | None = None) -> str:
+        """Return the report as an HTML page, with the plots in it that lie in a folder as SVG."""
+        return to_html(self.title, self.sections(plots), folder)
+
+    def _attack_table(self) -> list[Part]:
         names = self.attacks()
         if not names:
             return []
-        cells = [
+        rows = [
             [
-                f"{each['probability']:.3f} / {each['es']:.3f}" if (each := (result.attack or {}).get(name)) else ""
-                for name in names
+                method,
+                *(
+                    f"{each['probability']:.3f} / {each['es']:.3f}" if (each := (result.attack or {}).get(name)) else ""
+                    for name in names
+                ),
             ]
-            for result in self.methods.values()
+            for method, result in self.methods.items()
         ]
-        return [
-            "Forget rows that the attacker does not have, after each attack: prob. / ES, the largest that it came to.",
-            "",
-            "| " + " | ".join(["method", *names]) + " |",
-            "|" + "---|" * (len(names) + 1),
-            *("| " + " | ".join([method, *row]) + " |" for method, row in zip(self.methods, cells, strict=True)),
-            "",
-        ]
+        about = (
+            "Forget rows that the attacker does not have, after each attack: prob. / ES, the largest that it came to."
+        )
+        return [about, Table(["method", *names], rows, numbers=True)]
 
     def save(self, folder: Path, plots: Sequence[str] = ()) -> None:
-        """Write `report.json` and `report.md` into a folder."""
+        """Write `report.json`, `report.md` and `report.html` into a folder."""
         write_json(folder / "report.json", self.to_json())
-        with replacing(folder / "report.md") as temporary:
-            temporary.write_text(self.to_markdown(plots), encoding="utf-8")
+        for name, page in (("report.md", self.to_markdown(plots)), ("report.html", self.to_html(plots, folder))):
+            with replacing(folder / name) as temporary:
+                temporary.write_text(page, encoding="utf-8")
 
 
 def bargain(before: MethodResult, after: MethodResult, target: float | None, *, reached: bool) -> list[str]:
@@ -226,22 +190,8 @@ def write_log(path: Path, log: Sequence[Mapping[str, object]]) -> None:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in log), encoding="utf-8")
 
 
-def readable_bytes(count: int) -> str:
-    """Return a count of bytes with three digits and a unit.
-
-    Examples:
-        >>> readable_bytes(3_221_000)
-        '3.22 MB'
-    """
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the version of an installed package, or that it is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
