@@ -62,6 +62,36 @@ def knockout(axes: Axes) -> None:
     label_ends(axes, ends, drawn)
 
 
+def directions(axes: Axes) -> None:
+    """How much of a change of the weights lies in the leading directions of the forget set's activations."""
+    result = loaded("directions")
+    diagonal = "the same with Sophia's diagonal and clip"
+    lines = {
+        "changed by an attacker, behind simu": ("simu", "relearning"),
+        "changed by the diagonal": (diagonal, "method"),
+        "changed by simu": ("simu", "method"),
+    }
+    places = [100 * share for share in result["leading"]]
+    for (name, (method, change)), (color, marker) in zip(lines.items(), looks(list(lines)).values(), strict=True):
+        rows = [row["shares"] for row in result["rows"] if (row["method"], row["change"]) == (method, change)]
+        columns = list(zip(*rows, strict=True))
+        axes.plot(places, [100 * mean(each) for each in columns], marker=marker, color=color, label=name)
+        axes.fill_between(
+            places,
+            [100 * min(each) for each in columns],
+            [100 * max(each) for each in columns],
+            alpha=0.15,
+            color=color,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("leading directions of the forget set's activations (% of a layer's)")
+    axes.set_ylabel("squared change of the weights in them (%)")
+    axes.legend(frameon=False)
+
+
 def relearning(axes: Axes) -> None:
     """Extraction strength of forget people who are not shown, while others are."""
     rows = [
@@ -100,6 +130,7 @@ def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -
 def main() -> None:
     draw("attribution_time", times, 8, 4.2)
     draw("knockout", knockout, 6.4, 4.4)
+    draw("directions", directions, 6.8, 4.2)
     draw("relearning", relearning, 6.8, 4.4)
 
 

@@ -47,7 +47,7 @@ def styled() -> Iterator[None]:
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        advice = "pip install torch-simu[plots]"
+        advice = "Run: pip install matplotlib"
         raise ImportError(problem("matplotlib is not installed", "it for plots", advice)) from error
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     # Names come from files of others, and a dollar sign would make a formula of them. The same plot is the same file.
