@@ -15,7 +15,7 @@ from benchmarks.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_simu"
-API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+API_PAGES = sorted((ROOT / "docs" / "api").rglob("*.md"))
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -1,0 +1,27 @@
+"""A hook of mkdocs: names in headings and links of the laws may be broken at their parts, not in the middle of a word."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r'(<span class="doc doc-object-name[^"]*">)([^<]+)(</span>)|(<code>)([\w./:-]{20,})(</code>)')
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Mark where names may be broken. It is behind the search, which would take the marks for ends of words."""
+    return _NAME.sub(_marked, output)
+
+
+def _marked(match: re.Match[str]) -> str:
+    opening, name, closing = (part for part in match.groups() if part is not None)
+    return f"{opening}{breakable(name)}{closing}"
+
+
+def breakable(name: str) -> str:
+    """The name, with a mark behind each dot, underscore and slash that is inside it.
+
+    Examples:
+        >>> breakable("tests/test_docs.py")
+        'tests/<wbr>test_<wbr>docs.<wbr>py'
+    """
+    return re.sub(r"(?<=[\w)])((?:::|[._/])+)(?=\w)", r"\1<wbr>", name)
