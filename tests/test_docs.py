@@ -12,6 +12,7 @@ import pytest
 
 import torch_simu
 from benchmarks.tables import TABLES
+from tests.pages.folders import make_folders
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_simu"
@@ -90,6 +91,8 @@ def test_the_fenced_blocks_of_a_page_run_one_after_the_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text, namespace = page.read_text(), {"__name__": "page"}
+    if any("_DIR" in match[1] for match in FENCE.finditer(text)):
+        make_folders(tmp_path)
     for match in FENCE.finditer(text):
         if match[1].startswith("--8<--"):
             assert (ROOT / match[1].split('"')[1]).is_file()

@@ -1,4 +1,4 @@
-"""The page of the command line, from the commands themselves: every option as it is typed, with its default and help."""
+"""The page of the command line, from the commands themselves: every option as it is typed, its default and help."""
 
 from __future__ import annotations
 

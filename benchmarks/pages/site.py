@@ -1,10 +1,20 @@
-"""A hook of mkdocs: names in headings and links of the laws may be broken at their parts, not in the middle of a word."""
+"""Hooks of mkdocs: names are broken at their parts, not in the middle of a word, and the changelog is a page."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+_CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 _NAME = re.compile(r'(<span class="doc doc-object-name[^"]*">)([^<]+)(</span>)|(<code>)([\w./:-]{20,})(</code>)')
+
+
+def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
+    """Put the changelog into its page; its links are those of a file outside of the pages."""
+    if page.file.src_uri != "reference/changelog.md":
+        return markdown
+    return markdown + _CHANGELOG.read_text().partition("\n")[2].replace("](docs/", "](../")
 
 
 def on_post_page(output: str, **_: object) -> str:
