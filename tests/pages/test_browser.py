@@ -22,7 +22,11 @@ TALLEST = 20_000
 MEASURE = """
 const done = arguments[0], code = document.querySelectorAll("article td code, article .doc-object-name");
 const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
-ready.then(() => done({
+// A page whose width changes takes some frames until nothing sticks out.
+const settled = async () => {
+    for (let i = 0; i < 40 && document.documentElement.scrollWidth > innerWidth; i++) await new Promise(r => setTimeout(r, 50));
+};
+ready.then(settled).then(() => done({
     width: document.documentElement.scrollWidth,
     height: document.documentElement.scrollHeight,
     title: document.querySelector("article h1").innerText,
