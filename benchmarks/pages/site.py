@@ -8,6 +8,7 @@ from typing import Any
 
 _CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 _NAME = re.compile(r'(<span class="doc doc-object-name[^"]*">)([^<]+)(</span>)|(<code>)([\w./:-]{20,})(</code>)')
+_MATHJAX = re.compile(r'<script src="[^"]*javascripts/mathjax[^"]*"></script>\n?')
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
@@ -18,7 +19,12 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
 
 
 def on_post_page(output: str, **_: object) -> str:
-    """Mark where names may be broken. It is behind the search, which would take the marks for ends of words."""
+    """Mark where names may be broken, and leave MathJax out where nothing is to be drawn.
+
+    It is behind the search, which would take the marks for ends of words.
+    """
+    if 'class="arithmatex"' not in output:
+        output = _MATHJAX.sub("", output)
     return _NAME.sub(_marked, output)
 
 
@@ -34,4 +40,4 @@ def breakable(name: str) -> str:
         >>> breakable("tests/test_docs.py")
         'tests/<wbr>test_<wbr>docs.<wbr>py'
     """
-    return re.sub(r"(?<=[\w)])((?:::|[._/])+)(?=\w)", r"\1<wbr>", name)
+    return re.sub(r"(?<=[^\W_])((?:::|[._/])+)(?=\w)", r"\1<wbr>", name)

@@ -24,7 +24,8 @@ const done = arguments[0], code = document.querySelectorAll("article td code, ar
 const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
 // A page whose width changes takes some frames until nothing sticks out.
 const settled = async () => {
-    for (let i = 0; i < 40 && document.documentElement.scrollWidth > innerWidth; i++) await new Promise(r => setTimeout(r, 50));
+    for (let i = 0; i < 40 && document.documentElement.scrollWidth > innerWidth; i++)
+        await new Promise(next => setTimeout(next, 50));
 };
 ready.then(settled).then(() => done({
     width: document.documentElement.scrollWidth,

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from benchmarks.pages.site import breakable
 from tests.pages.reading import DOCS, FENCE, PAGES, Built, built, source_headings
 from tests.rules.sources import named
 
@@ -83,3 +84,22 @@ def test_nothing_is_taken_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", path.read_text()):
             assert not re.search(r"(?:src|href)=\"(?:https?:)?//", tag) or 'rel="canonical"' in tag, tag
+
+
+def test_a_page_loads_what_draws_formulas_if_it_has_any(site: Path) -> None:
+    for page in PAGES:
+        path = html_of(site, page)
+        assert ("mathjax/tex-svg.js" in path.read_text()) == (of(path).formulas > 0), page.name
+
+
+@pytest.mark.parametrize(
+    ("name", "marked"),
+    [
+        ("torch_simu.update.clipped_step_", "torch_|simu.|update.|clipped_|step_"),
+        ("tests/test_docs.py::test_a_page", "tests/|test_|docs.|py::|test_|a_|page"),
+        ("forward", "forward"),
+        ("__init__", "__init__"),
+    ],
+)
+def test_a_name_is_broken_at_its_parts_only(name: str, marked: str) -> None:
+    assert breakable(name).replace("<wbr>", "|") == marked
