@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.models import NAMES, tiny
 from torch_simu import attribute_neurons
-from torch_simu.layers import down_projections
+from torch_simu.layers import down_projections, probed_projections
 from torch_simu.layers.projections import _FAMILIES, _planned
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -92,14 +92,27 @@ def measured(model_type: str) -> Measured:
             found = down_projections(model)
         except ValueError as error:
             return Measured(refused=_clause(error))
-        named = dict.fromkeys(re.sub(r"[.]\d+(?=[.]|$)", ".*", name) for name in found)
+        named = dict.fromkeys(re.sub(r"[.]\d+(?=[.])", ".*", name) for name in found)
         layers = ", ".join(f"`{name}`" for name in named)
-        source = "table" if model_type in _FAMILIES else "plan and run" if _planned(model) else "run"
+        source = _source(model_type, model)
         try:
             scores = attribute_neurons(model, [batch], steps=2, max_completeness_error=None)
         except (ValueError, RuntimeError, IndexError) as error:
             return Measured(layers, source, refused=_clause(error))
     return Measured(layers, source, str(scores.provenance["method"]))
+
+
+def _source(model_type: str, model: nn.Module) -> str:
+    """What answers where the neurons of a model are."""
+    if model_type in _FAMILIES:
+        return "table"
+    planned = bool(_planned(model))
+    try:
+        run = bool(probed_projections(model)[0])
+    # Models fail in many ways on a call that they do not foresee.
+    except Exception:
+        run = False
+    return " and ".join(name for name, there in (("plan", planned), ("run", run)) if there)
 
 
 def _clause(error: Exception) -> str:

@@ -32,6 +32,8 @@ ready.then(settled).then(() => done({
     height: document.documentElement.scrollHeight,
     title: document.querySelector("article h1").innerText,
     drawn: document.querySelectorAll("article .arithmatex mjx-container > svg").length,
+    thin: [...document.querySelectorAll("article mjx-container > svg")]
+        .filter(each => each.getBoundingClientRect().width < 3).length,
     wrong: document.querySelectorAll("article [data-mml-node=merror]").length,
 }));
 """
@@ -84,7 +86,9 @@ def test_every_page_is_whole_and_as_wide_as_the_screen(pages: Opened, site: Path
         desktop, phone = measured(pages, DESKTOP), measured(pages, PHONE)
         assert desktop["width"] <= DESKTOP and phone["width"] <= PHONE, (name, desktop["width"], phone["width"])
         assert phone["title"].strip(), name
-        assert (phone["drawn"], phone["wrong"]) == (built(site / name).formulas, 0), name
+        for screen in (desktop, phone):
+            drawn = (screen["drawn"], screen["thin"], screen["wrong"])
+            assert drawn == (built(site / name).formulas, 0, 0), f"{name}: formulas drawn, without a width, wrong"
         assert not [entry["message"] for entry in pages.driver.get_log("browser")], name
         assert not pages.failed
         if name.startswith("api/") and desktop["height"] > TALLEST:
