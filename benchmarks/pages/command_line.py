@@ -13,7 +13,7 @@ from torch_simu.cli.app import app
 HEAD = """\
 # Command line
 
-`torch-simu COMMAND --help` shows the same in a terminal: this page is written from the program. It needs the extras
+`torch-simu COMMAND -h` shows the same in a terminal: this page is written from the program. It needs the extras
 `transformers` and `cli`, and `plots` where plots are drawn ([install](../index.md#install)). What the methods do is in
 [Unlearning](../api/unlearning.md), what the attacks do in [Attack](../api/attack.md).
 

@@ -40,4 +40,4 @@ def breakable(name: str) -> str:
         >>> breakable("tests/test_docs.py")
         'tests/<wbr>test_<wbr>docs.<wbr>py'
     """
-    return re.sub(r"(?<=[^\W_])((?:::|[._/])+)(?=\w)", r"\1<wbr>", name)
+    return re.sub(r"(?<=[^\W_])((?:::|[._/])+)(?=[^\W_])", r"\1<wbr>", name)
