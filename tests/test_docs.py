@@ -12,10 +12,11 @@ import pytest
 
 import torch_simu
 from benchmarks.tables import TABLES
+from tests.pages.folders import make_folders
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torch_simu"
-API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+API_PAGES = sorted((ROOT / "docs" / "api").rglob("*.md"))
 PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
@@ -93,6 +94,8 @@ def test_the_fenced_blocks_of_a_page_run_one_after_the_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text, namespace = page.read_text(), {"__name__": "page"}
+    if any("_DIR" in match[1] for match in FENCE.finditer(text)):
+        make_folders(tmp_path)
     for match in FENCE.finditer(text):
         if match[1].startswith("--8<--"):
             file, _, section = match[1].split('"')[1].partition(":")

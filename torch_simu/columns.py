@@ -37,7 +37,10 @@ class Columns:
     indices: Tensor | None
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the entries as a new tensor; the tensor itself where they are all of it."""
+        """Return the entries as a new tensor; the tensor itself where they are all of it.
+
+        Shape: that of the tensor, with as many neurons in `dim` as are selected; neurons first where `dim` is several.
+        """
         if self.indices is None:
             return tensor
         if isinstance(self.dim, int):
@@ -98,7 +101,10 @@ def dims_of(dim: NeuronDim) -> tuple[int, ...]:
 
 
 def neurons_first(tensor: Tensor, dim: NeuronDim) -> Tensor:
-    """Return a tensor with the dimensions that count neurons first, sharing its memory."""
+    """Return a tensor with the dimensions that count neurons first, sharing its memory.
+
+    Shape: the sizes of `dim` in its order, then the others in theirs.
+    """
     dims = dims_of(dim)
     return tensor.movedim(dims, tuple(range(len(dims))))
 

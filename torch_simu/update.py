@@ -162,7 +162,7 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Gen
     A step far below the spacing of bfloat16 is lost by rounding to nearest and kept on average by this.
 
     Args:
-        value: A float32 tensor.
+        value: A float32 tensor. Shape: any.
         dtype: `torch.bfloat16`, or `torch.float16`.
         generator: Source of randomness, on the device of `value`.
 

@@ -34,8 +34,8 @@ def read_blocks(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return the float32 values that `write_blocks` wrote.
 
     Args:
-        codes: The codes.
-        scales: The scales.
+        codes: The codes. Shape: of the values.
+        scales: The scale of each block.
         signed: As they were written.
 
     Raises:

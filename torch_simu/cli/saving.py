@@ -36,7 +36,11 @@ def save_scores(selection: NeuronSelection, attribution: Attribution, folder: Pa
 
 
 def check_saves(model: PreTrainedModel) -> None:
-    """Raise before the work begins when the model could not be written after it."""
+    """Raise before the work begins when the model could not be written after it.
+
+    Raises:
+        ValueError: If its generation configuration is one that transformers does not save.
+    """
     if model.generation_config is None:
         return
     with tempfile.TemporaryDirectory() as folder:

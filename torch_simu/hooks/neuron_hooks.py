@@ -116,7 +116,13 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     @property
     def position_mask(self) -> Tensor | None:
-        """Which positions count from the next forward on, in the shape of the input without neurons; None: all."""
+        """Which positions count from the next forward on; None: all.
+
+        Shape: that of the input without its neurons.
+
+        Raises:
+            TypeError: If it is set to something else than a bool tensor or None.
+        """
         return self._position_mask
 
     @position_mask.setter

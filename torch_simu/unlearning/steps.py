@@ -59,7 +59,11 @@ class StepBatches:
 def make_optimizer(
     model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig
 ) -> tuple[dict[str, nn.Parameter], Optimizer]:
-    """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards."""
+    """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards.
+
+    Raises:
+        ValueError: If the method trains weights that are quantized, or a selected layer cannot be hooked.
+    """
     groups: list[dict[str, object]]
     if selection is not None:
         _check_hookable(model, selection, config)

@@ -37,6 +37,9 @@ def read_rates(text: str | Rates) -> Rates:
     Examples:
         >>> read_rates("1e-5, 1e-4")
         (1e-05, 0.0001)
+
+    Raises:
+        typer.BadParameter: If one of them is no number.
     """
     if isinstance(text, Rates):
         return text

@@ -26,6 +26,9 @@ def read_decays(text: str | Decays) -> Decays:
     Examples:
         >>> read_decays("0.9,0.99")
         Decays(momentum=0.9, curvature=0.99)
+
+    Raises:
+        typer.BadParameter: If they are not two numbers.
     """
     if isinstance(text, Decays):
         return text

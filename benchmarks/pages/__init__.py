@@ -1,0 +1,1 @@
+"""Pages of the documentation that programs write: `python -m benchmarks.pages` writes them anew, tests compare them."""
