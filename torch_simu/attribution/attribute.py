@@ -83,7 +83,8 @@ def attribute_neurons(
         objective: $F$: log-likelihood of the target ("logprob"), its probability ("prob") or its negative
             log-likelihood ("loss").
         steps: Number $m$ of path points.
-        rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left").
+        rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left"),
+            or those of Gauss and Legendre, each with its weight ("gauss").
         method: "prefix" runs one pass per prefix; "packed" many samples in one pass, over cached keys and values;
             "decode" each sample as one token behind its cached prefix, as in generation; "auto" is the first of
             "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning; where one of

@@ -74,6 +74,7 @@ def path_sums(
     ends: dict[int, list[tuple[int, Tensor]]] = {path.steps: [], path.steps + 1: []}
     totals: dict[str, Tensor] = {}
     nothing = torch.zeros(0, dtype=torch.float64)
+    weights = torch.tensor(path.weights, dtype=torch.float64)[:, None]
 
     def one(which: slice, queries: slice) -> dict[str, Tensor]:
         alphas = points[which]
@@ -83,7 +84,8 @@ def path_sums(
         found: dict[str, Tensor] = {}
         if inner > 0:
             leaves = [cast("Tensor", site.leaf) for site in sites.values()]
-            gradients = torch.autograd.grad(values[:inner].sum(), leaves)
+            weighted = weights[which][:inner].to(values) * values[:inner]
+            gradients = torch.autograd.grad(weighted.sum(), leaves)
             pairs = zip(sites.items(), gradients, strict=True)
             found = {name: site.scores(gradient[:inner]) for (name, site), gradient in pairs}
         for number in measured:
