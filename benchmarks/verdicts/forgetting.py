@@ -11,6 +11,8 @@ from torch_simu.unlearning.demo.demo import DemoRecipe
 TARGET = 0.1
 SETS = ("retain", "world")
 FIRST_AND_SECOND_ORDER = ("fo_graddiff", "so_graddiff")
+LEADING = 2
+"""The place of the twentieth among the shares of `benchmarks.forgetting.directions`."""
 NEVER_UNLEARNED = ("before", "retrained")
 
 
@@ -67,6 +69,22 @@ def lasting(rows: Sequence[Row]) -> Iterator[Part]:
     ours, published = (averaged(rows, "back", "probability", method=method) for method in ("simu", "simu_graddiff"))
     bar = None if published is None else published / 3
     yield part("mean probability after relearning, beside a third of simu_graddiff's", ours, "at most", bar)
+
+
+def directions(rows: Sequence[Row]) -> Iterator[Part]:
+    """What lies in the leading twentieth of the directions of the forget set's activations: means over all rows."""
+    diagonal = "the same with Sophia's diagonal and clip"
+
+    def share(**keys: object) -> float | None:
+        found = [row["shares"][LEADING] for row in rows if keys.items() <= row.items()]
+        return mean(found) if found else None
+
+    for method in ("simu", diagonal):
+        yield part(
+            f"of what relearning changes behind {method}", share(method=method, change="relearning"), "more than", 1 / 3
+        )
+    yield part("of what simu changed", share(method="simu", change="method"), "less than", 0.1)
+    yield part(f"of what {diagonal} changed", share(method=diagonal, change="method"), "more than", 1 / 3)
 
 
 def robustness(rows: Sequence[Row]) -> Iterator[Part]:

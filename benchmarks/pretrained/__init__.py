@@ -1,0 +1,1 @@
+"""A model that was really pretrained, and facts that it can be asked: both come from packages, without a network."""
