@@ -42,7 +42,7 @@ class Attribution:
             the objective that rounding hides: 1e-4, or 16 roundings of the coarsest dtype (0.125 in bfloat16). A
             contrast has none.
         standard_error: Layer -> that of each score of an estimate, as if samples were drawn independently. Since they
-            are spread, the real one is smaller. Shape: as `scores`.
+            are spread, it is an upper bound. Shape: as `scores`.
         difference: Layer -> half of what the scores of two halves of the estimate differ by. Shape: as `scores`.
 
     Examples:
@@ -66,8 +66,8 @@ class Attribution:
     def halves(self) -> tuple[Attribution, Attribution]:
         """The scores by each half of an estimate: `one.stability(two)` tells how far it names the same neurons."""
         signed = ({at: sign * each for at, each in self.difference.items()} for sign in (1, -1))
-        one, two = (_merged(torch.add, self.scores, each) for each in signed)
-        return Attribution(one, {}, self.num_samples, {}), Attribution(two, {}, self.num_samples, {})
+        one, two = (Attribution(_merged(torch.add, self.scores, each), {}, self.num_samples, {}) for each in signed)
+        return one, two
 
     @property
     def delta(self) -> Mapping[str, float]:
@@ -105,8 +105,8 @@ class Attribution:
         sizes = {layer: size + other.change_size[layer] for layer, size in self.change_size.items() if layer in theirs}
         deviation = _merged(torch.hypot, self.standard_error, other.standard_error)
         difference = _merged(torch.add, self.difference, other.difference)
-        count = self.num_samples + other.num_samples
-        return Attribution(scores, errors, count, provenance, sizes, deviation, difference)
+        merged = (scores, errors, self.num_samples + other.num_samples, provenance, sizes, deviation, difference)
+        return Attribution(*merged)
 
     def select(
         self,
@@ -224,8 +224,7 @@ class Attribution:
             0.5
         """
         self._check_layers(other)
-        mine = self.top(fraction, scope)
-        if not mine.num_selected:
+        if not (mine := self.top(fraction, scope)).num_selected:
             raise ValueError(problem(f"fraction {fraction} selects no neuron", "at least one", "Take a larger one."))
         return (mine & other.top(fraction, scope)).num_selected / mine.num_selected
 

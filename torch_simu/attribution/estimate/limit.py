@@ -37,9 +37,9 @@ class Limit:
             raise ValueError(problem(f"budget is {self.budget}", "a positive duration"))
 
     @property
-    def least(self) -> int:
-        """How many passes there are in any case."""
-        return 2 if isinstance(self.budget, timedelta) else self.budget
+    def number(self) -> int | None:
+        """How many passes there may be; None: as many as a time allows."""
+        return None if isinstance(self.budget, timedelta) else self.budget
 
     def passes(self, seconds: float, share: float) -> int:
         """Return how many passes some samples may take, two at least.

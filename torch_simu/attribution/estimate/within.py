@@ -51,16 +51,19 @@ class Within:
             progress: Called with the share of the work that is done.
         """
         steps, rounds = self.path.steps, len(self.layers)
-        if self.limit is not None and self.rows_of is not None and self.limit.least < rounds * (steps + 1):
-            generator = torch.Generator().manual_seed(self.seed + number)
-            rows = list(self.rows_of(self.model, sequences, self.layers, self.path))
-            passes = Passes(rows, self.layers, generator)
-            start = time.monotonic()
-            passes.run()
-            wanted = self.limit.passes(time.monotonic() - start, share)
+        if self.limit is not None and self.rows_of is not None:
+            passes, wanted = None, self.limit.number
+            if wanted is None or wanted < 2 * rounds:
+                # Far from the seeds of other processes, which follow each other.
+                generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
+                rows = list(self.rows_of(self.model, sequences, self.layers, self.path))
+                passes = Passes(rows, self.layers, generator)
+                start = time.monotonic()
+                passes.run()
+                wanted = self.limit.passes(time.monotonic() - start, share)
             # As many points as fit, each and the end at zero for a pass per layer.
             steps = min(steps, wanted // rounds - 1)
-            if steps < 1:
+            if steps < 1 and passes is not None:
                 return self._estimated(passes, min(wanted, rounds + 1), progress)
         found: dict[str, LayerSum] = {}
         for name, each in self.exact(self.model, sequences, self.layers, replace(self.path, steps=steps)):
