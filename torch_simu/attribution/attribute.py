@@ -52,6 +52,8 @@ _FAST = ("packed", "decode")
 
 # Short sequences share a pass up to this many tokens: beyond, attention between sequences costs more than a pass saves.
 _PACK_TOKENS = 128
+# A pass of an estimate has one stream instead of one for each path point, and should not wait for weights.
+_ESTIMATE_TOKENS = 1024
 
 
 def attribute_neurons(
@@ -60,8 +62,8 @@ def attribute_neurons(
     *,
     select: Selector | None = None,
     objective: Objective = "logprob",
-    steps: int = 10,
-    rule: Rule = "midpoint",
+    steps: int = 5,
+    rule: Rule = "gauss",
     method: MethodName = "auto",
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -91,8 +93,8 @@ def attribute_neurons(
         objective: $F$: log-likelihood of the target ("logprob"), its probability ("prob") or its negative
             log-likelihood ("loss").
         steps: Number $m$ of path points.
-        rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left"),
-            or those of Gauss and Legendre, each with its weight ("gauss").
+        rule: Path points $\alpha_j$: those of Gauss and Legendre, each with its weight ("gauss"), $(j - 1/2)/m$
+            ("midpoint"), $j/m$ ("right", as in the paper) or $(j-1)/m$ ("left").
         method: "prefix" runs one pass per prefix; "packed" many samples in one pass, over cached keys and values;
             "decode" each sample as one token behind its cached prefix, as in generation; "auto" is the first of
             "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning; where one of
@@ -222,7 +224,8 @@ def _add_sequences(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     total = sum(sequence.num_samples for sequence in sequences)
-    for group in _groups(sequences[partial.num_sequences :]):
+    tokens = _PACK_TOKENS if within.limit is None else _ESTIMATE_TOKENS
+    for group in _groups(sequences[partial.num_sequences :], tokens):
         done = sum(sequence.num_samples for sequence in sequences[: partial.num_sequences])
         count = sum(sequence.num_samples for sequence in group)
 
@@ -237,11 +240,11 @@ def _add_sequences(
         checkpoint.save(partial)
 
 
-def _groups(sequences: list[ScoredSequence]) -> Iterator[list[ScoredSequence]]:
+def _groups(sequences: list[ScoredSequence], tokens: int) -> Iterator[list[ScoredSequence]]:
     """Yield the sequences in order, as many at once as share a pass."""
     group: list[ScoredSequence] = []
     for sequence in sequences:
-        if group and sum(map(len, group)) + len(sequence) > _PACK_TOKENS:
+        if group and sum(map(len, group)) + len(sequence) > tokens:
             yield group
             group = []
         group.append(sequence)

@@ -36,13 +36,13 @@ class Path:
         TypeError: If `steps` is not a whole number.
 
     Examples:
-        >>> Path(steps=2).alphas
+        >>> Path(rule="midpoint", steps=2).alphas
         [0.25, 0.75]
     """
 
     objective: Objective = "logprob"
-    rule: Rule = "midpoint"
-    steps: int = 10
+    rule: Rule = "gauss"
+    steps: int = 5
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)

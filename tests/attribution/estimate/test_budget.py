@@ -135,7 +135,7 @@ def test_the_mean_of_many_estimates_is_the_integral_and_their_errors_are_at_most
     for layer, scores in exact.scores.items():
         each = torch.stack([one[layer].scores for one in found])
         spread = (each - scores).square().mean(0).sum().sqrt()
-        assert (each.mean(0) - scores).norm() < 2.5 * spread / draws**0.5
+        assert (each.mean(0) - scores).norm() < 3 * spread / draws**0.5
         said = torch.stack([one[layer].variance for one in found]).mean(0).sum().sqrt()
         assert 0.5 * said < spread < 1.05 * said
 
@@ -209,7 +209,7 @@ def test_a_small_memory_budget_changes_no_estimate(method: str, monkeypatch: pyt
 
 
 def test_an_interrupted_estimate_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_simu.attribution.attribute._PACK_TOKENS", 8)
+    monkeypatch.setattr("torch_simu.attribution.attribute._ESTIMATE_TOKENS", 8)
     model, batches, path = lively("llama"), [padded_batch(sequences(1), "right")], tmp_path / "partial.safetensors"
     options = {"method": "packed", "budget": 3}
     calls: list[tuple[int, int]] = []
