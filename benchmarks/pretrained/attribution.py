@@ -53,12 +53,14 @@ def batches_of(model: PreTrainedModel, folder: Path, count: int) -> list[dict[st
     return found
 
 
-def by_one_step(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Gradient x activation of all positions, one backward pass per row."""
+def by_one_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], predicting: bool) -> dict[str, Tensor]:
+    """Gradient x activation of all positions, or of those that predict a scored token; one backward pass per row."""
     total: dict[str, Tensor] = {}
     for batch in batches:
-        with register_neuron_hooks(model) as captured:
-            logits, labels = scored_logits(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+        labels = batch["labels"]
+        mask = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) if predicting else None
+        with register_neuron_hooks(model, position_mask=mask) as captured:
+            logits, labels = scored_logits(model(input_ids=batch["input_ids"]).logits, labels)
             (-torch.nn.functional.cross_entropy(logits, labels, reduction="sum")).backward()
         for name in captured:
             total[name] = total.get(name, 0.0) + captured[name].double()
@@ -117,15 +119,17 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     expected = Attribution.load(reference)
     done = {(row["way"], row["seed"]) for row in rows}
-    if ("gradient x activation", 0) not in done:
+    for way, predicting in (("gradient x activation", False), ("gradient x activation, predicting", True)):
+        if (way, 0) in done:
+            continue
         # The gradients of activations begin at the embedding.
         model.get_input_embeddings().requires_grad_(True)
         start = time.process_time()
-        scores = by_one_step(model, batches)
+        scores = by_one_step(model, batches, predicting)
         seconds = time.process_time() - start
         model.requires_grad_(False)
         found = Attribution(scores, {}, expected.num_samples, {})
-        note({"way": "gradient x activation", "seed": 0, "seconds": seconds, **agreement(found, expected)})
+        note({"way": way, "seed": 0, "seconds": seconds, **agreement(found, expected)})
     for name, seed, choice in ways(options.seeds):
         if (name, seed) in done:
             continue

@@ -88,7 +88,8 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
         "attribution_budget": Claim(
             "On facts that SmolLM2-135M-Instruct knows an estimate of a pass per layer names at least 0.9 of the top "
             "10 % of neurons of each layer that 32 Gauss-Legendre points name, at 5 times less processor time than "
-            "ten midpoints; one of two passes names more of them than gradient x activation.",
+            "ten midpoints; one of two passes names more of them than gradient x activation of the positions that "
+            "predict.",
             speed.attribution_budget,
         ),
         "hooks": Claim(

@@ -50,7 +50,7 @@ def attribution_budget(rows: Sequence[Row]) -> Iterator[Part]:
         found = [row[key] for row in rows if row["way"] == way]
         return mean(found) if found else None
 
-    full, small, midpoints, one_step = "budget 31", "budget 2", "midpoint 10", "gradient x activation"
+    full, small, midpoints, one_step = "budget 31", "budget 2", "midpoint 10", "gradient x activation, predicting"
     claim = "share of the top 10 % of each layer that a pass per layer names"
     yield part(claim, of(full, "layer"), "at least", 0.9)
     times = of(midpoints, "seconds"), of(full, "seconds")
