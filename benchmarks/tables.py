@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 
 from scipy import stats
 
+from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 
 
@@ -241,21 +242,6 @@ def reliability() -> Iterator[str]:
         yield f"| {row['what']} | `{row['file']}` | {row['tried']:,} | {row['withstood']:,} |"
 
 
-def budgets() -> Iterator[str]:
-    """Quality and cost of attribution on a pretrained model: means over the seeds."""
-    rows = loaded("attribution_budget")["rows"]
-    base = next(row["seconds"] for row in rows if row["way"] == "midpoint 10")
-    yield "| way | top 10 % of each layer | of the model | processor time | less than ten midpoints | incomplete |"
-    yield "|---|---|---|---|---|---|"
-    for way in dict.fromkeys(row["way"] for row in rows):
-        ours = [row for row in rows if row["way"] == way]
-        cells = [f"{mean(row[key] for row in ours):.3f}" for key in ("layer", "global")]
-        seconds = mean(row["seconds"] for row in ours)
-        missed = [row["incompleteness_median"] for row in ours if "incompleteness_median" in row]
-        cells += [f"{seconds:.1f} s", f"{base / seconds:.1f} times", f"{100 * mean(missed):.2g} %" if missed else ""]
-        yield f"| {way} | {' | '.join(cells)} |"
-
-
 def verdicts() -> Iterator[str]:
     """What of each claim its rows bear out, and the figures of the parts that they deny."""
     yield "| result | claim holds | parts that hold | parts that fail: measured, and what the claim needs |"
@@ -283,7 +269,7 @@ TABLES = {
     "optimizer_whitened_solves": whitened_solves,
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
-    "attribution_budget": budgets,
+    "attribution_budget": lambda: budgets(loaded("attribution_budget")["rows"]),
     "knockout": knockout,
     "hooks": hooks,
     "planted": planted,
