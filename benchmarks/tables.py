@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 
 from scipy import stats
 
+from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
 
@@ -271,6 +272,7 @@ TABLES = {
     "optimizer_whitened_solves": whitened_solves,
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
+    "attribution_budget": lambda: budgets(loaded("attribution_budget")["rows"]),
     "knockout": knockout,
     "hooks": hooks,
     "planted": planted,

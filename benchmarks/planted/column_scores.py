@@ -43,7 +43,13 @@ def every_score(
 def attributed(model: PreTrainedModel, facts: Sequence[Example], method: str, objective: str, steps: int) -> Scores:
     """Scores along a path, by `attribute_neurons`."""
     batches = [collate([fact], 0) for fact in facts]
-    options = {"method": method, "objective": objective, "steps": steps, "max_completeness_error": None}
+    options = {
+        "method": method,
+        "objective": objective,
+        "steps": steps,
+        "rule": "midpoint",
+        "max_completeness_error": None,
+    }
     found = [attribute_neurons(model, [one], **options) for one in batches]
     return {name: torch.stack([each.scores[name] for each in found]) for name in found[0].scores}
 

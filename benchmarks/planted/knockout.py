@@ -44,7 +44,9 @@ def scores_of(model: PreTrainedModel, sets: dict[str, list[Example]], pad: int) 
 
     def exact(examples: list[Example], objective: str = "logprob") -> Attribution:
         batches = batches_in_order(examples, 32, pad)
-        return attribute_neurons(model, batches, objective=objective, steps=10, max_completeness_error=None)
+        return attribute_neurons(
+            model, batches, objective=objective, steps=10, rule="midpoint", max_completeness_error=None
+        )
 
     forget = sets["forget"]
     halves = exact(forget[::2]), exact(forget[1::2])

@@ -96,7 +96,9 @@ def rows_of(seed: int, repeats: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     ways = {
         name: lambda batch, name=name: dict(
-            attribute_neurons(model, [batch], steps=STEPS, method=name, max_completeness_error=None).scores
+            attribute_neurons(
+                model, [batch], steps=STEPS, rule="midpoint", method=name, max_completeness_error=None
+            ).scores
         )
         for name in METHODS
     }

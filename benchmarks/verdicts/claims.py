@@ -85,6 +85,13 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "hooks add at most 5 % to a forward and backward pass.",
             speed.attribution,
         ),
+        "attribution_budget": Claim(
+            "On facts that SmolLM2-135M-Instruct knows an estimate of a pass per layer names at least 0.9 of the top "
+            "10 % of neurons of each layer that 32 Gauss-Legendre points name, at 5 times less processor time than "
+            "ten midpoints; one of two passes names more of them than gradient x activation of the positions that "
+            "predict.",
+            speed.attribution_budget,
+        ),
         "hooks": Claim(
             "On a 4-layer Llama (d 512, ff 2048, fp32, one thread) register_neuron_hooks adds at most 5 % to a "
             "forward and backward pass; where weights are trained it adds no memory but one sum per layer, where they "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import mean
 
 from benchmarks.verdicts.parts import Part, Row, part
 
@@ -40,6 +41,23 @@ def added_time(rows: Sequence[Row]) -> Iterator[Part]:
         yield part(f"time over a pass without hooks, {where}", row["ratio"]["median"], "at most", 1.05)
     if not found:
         yield part("time over a pass without hooks", None, "at most", 1.05)
+
+
+def attribution_budget(rows: Sequence[Row]) -> Iterator[Part]:
+    """What a pass per layer names and costs beside ten midpoints, and two passes beside gradient x activation."""
+
+    def of(way: str, key: str) -> float | None:
+        found = [row[key] for row in rows if row["way"] == way]
+        return mean(found) if found else None
+
+    full, small, midpoints, one_step = "budget 31", "budget 2", "midpoint 10", "gradient x activation, predicting"
+    claim = "share of the top 10 % of each layer that a pass per layer names"
+    yield part(claim, of(full, "layer"), "at least", 0.9)
+    times = of(midpoints, "seconds"), of(full, "seconds")
+    ratio = None if None in times else times[0] / times[1]
+    yield part("processor time of ten midpoints over that of a pass per layer", ratio, "at least", 5)
+    claim = "the same share by two passes, beside that of gradient x activation"
+    yield part(claim, of(small, "layer"), "more than", of(one_step, "layer"))
 
 
 def hooks(rows: Sequence[Row]) -> Iterator[Part]:

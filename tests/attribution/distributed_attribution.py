@@ -34,6 +34,22 @@ def shared_attribution_equals_that_of_one_process(rank: int, folder: Path) -> No
         assert bool(calls) == (num_rows > 1 or rank == 0)
 
 
+def a_shared_estimate_is_the_same_everywhere(rank: int, folder: Path) -> None:
+    """The mean of many such estimates is that of exact scores; here, that nothing of them is lost on the way."""
+    model, group = lively("llama"), dist.group.WORLD
+    batches = [padded_batch(sequences(2, 4), "right")]
+    found = loosely(model, batches, method="packed", budget=2, group=group)
+    everyone: list[dict[str, torch.Tensor]] = [{}] * dist.get_world_size()
+    for part in (found.scores, found.standard_error, found.difference):
+        assert len(part) == len(found.scores)
+        dist.all_gather_object(everyone, dict(part), group=group)
+        assert all(torch.equal(each[layer], scores) for each in everyone for layer, scores in part.items())
+    exact = loosely(model, batches, method="packed", budget=1000, group=group)
+    assert found.incompleteness == {} != exact.incompleteness
+    for layer, scores in exact.scores.items():
+        assert 0 < (found.scores[layer] - scores).norm() < 3 * found.standard_error[layer].norm()
+
+
 def processes_with_other_rows_are_refused(rank: int, folder: Path) -> None:
     """Parts of the data in each, say."""
     batches = [padded_batch(sequences(rank), "right")]
@@ -46,4 +62,8 @@ def processes_with_other_rows_are_refused(rank: int, folder: Path) -> None:
     assert "2 of 2 processes attribute something else, expected the same model, batches and options in all" in message
 
 
-SCENARIOS = [shared_attribution_equals_that_of_one_process, processes_with_other_rows_are_refused]
+SCENARIOS = [
+    shared_attribution_equals_that_of_one_process,
+    a_shared_estimate_is_the_same_everywhere,
+    processes_with_other_rows_are_refused,
+]

@@ -15,8 +15,17 @@ from tests.models import VOCABULARY, tiny
 from tests.strategies import generator
 from torch_simu.attribution import attribute_neurons
 
-loosely = partial(attribute_neurons, max_completeness_error=None)
-"""Attribution by a few path points, where what those miss is not the question."""
+loosely = partial(attribute_neurons, rule="midpoint", steps=10, max_completeness_error=None)
+"""Attribution by a few path points in equal parts, where what those miss is not the question."""
+
+
+_TWO, _THREE = 0.5 / 3**0.5, 0.5 * 0.6**0.5
+GAUSS = {
+    1: [(0.5, 1.0)],
+    2: [(0.5 - _TWO, 0.5), (0.5 + _TWO, 0.5)],
+    3: [(0.5 - _THREE, 5 / 18), (0.5, 4 / 9), (0.5 + _THREE, 5 / 18)],
+}
+"""Number of points -> points on [0, 1] and their weights, in closed form."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,23 @@ def reference(
             if labels[t] == -100:
                 continue
             beta = _last_activation(model, module, ids[:t])
-            for j in range(1, steps + 1):
-                alpha = {"midpoint": (j - 0.5) / steps, "right": j / steps, "left": (j - 1) / steps}[rule]
+            for alpha, weight in _points(rule, steps):
                 activation = (alpha * beta).requires_grad_()
                 value = _value(model, module, ids[:t], labels[t], activation, objective)
                 (gradient,) = torch.autograd.grad(value, activation)
-                scores = scores + beta.double() * gradient.double() / steps
+                scores = scores + beta.double() * gradient.double() * weight
             change += _value(model, module, ids[:t], labels[t], beta, objective).item()
             change -= _value(model, module, ids[:t], labels[t], torch.zeros_like(beta), objective).item()
     assert isinstance(scores, Tensor)
     return Expected(scores, change)
+
+
+def _points(rule: str, steps: int) -> list[tuple[float, float]]:
+    """Path points and their weights, which add up to 1."""
+    if rule == "gauss":
+        return GAUSS[steps]
+    shift = {"midpoint": 0.5, "right": 0.0, "left": 1.0}[rule]
+    return [((j - shift) / steps, 1 / steps) for j in range(1, steps + 1)]
 
 
 def _last_activation(model: nn.Module, module: nn.Module, prefix: Tensor) -> Tensor:

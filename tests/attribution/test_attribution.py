@@ -51,7 +51,7 @@ def assert_exact(
     st.sampled_from(FIVE),
     st.sampled_from(["packed", "decode", "prefix", "auto"]),
     st.sampled_from(["logprob", "prob", "loss"]),
-    st.sampled_from(["midpoint", "right", "left"]),
+    st.sampled_from(["gauss", "midpoint", "right", "left"]),
     st.integers(1, 3),
     st.sampled_from(["left", "right"]),
     seeds,

@@ -88,7 +88,7 @@ def test_more_than_a_fifth_is_refused_unless_asked_and_nothing_is_lost() -> None
 def test_more_than_a_hundredth_is_worth_a_warning_and_less_is_not() -> None:
     model, batch = lively("qwen2"), padded_batch(sequences(1), "right")
     with pytest.warns(UserWarning, match=r"miss 2\.\d% of the change .* expected at most 1%. Take more steps"):
-        attribute_neurons(model, [batch], steps=2)
+        attribute_neurons(model, [batch], steps=2, rule="midpoint")
     assert max(attribute_neurons(model, [batch]).incompleteness.values()) < 0.01
 
 

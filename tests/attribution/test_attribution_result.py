@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,26 @@ def test_path_points_follow_the_rule() -> None:
     assert AttributionPath(rule="midpoint", steps=2).alphas == [0.25, 0.75]
     assert AttributionPath(rule="right", steps=2).alphas == [0.5, 1.0]
     assert AttributionPath(rule="left", steps=2).alphas == [0.0, 0.5]
+
+
+@given(st.integers(1, 40), seeds)
+def test_gauss_points_integrate_polynomials_up_to_twice_their_number_less_one(steps: int, seed: int) -> None:
+    path = AttributionPath(rule="gauss", steps=steps)
+    assert path.alphas == sorted(path.alphas)
+    coefficients = normal(seed, 2 * steps, dtype=torch.float64)
+    points, weights = (torch.tensor(each, dtype=torch.float64) for each in (path.alphas, path.weights))
+    found = weights @ (points[:, None] ** torch.arange(2 * steps) @ coefficients) / steps
+    expected = (coefficients / torch.arange(1, 2 * steps + 1)).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Of one degree more the rule misses what the theorem on its error says.
+    missed = 1 / (2 * steps + 1) - weights @ points ** (2 * steps) / steps
+    theorem = math.factorial(steps) ** 4 / ((2 * steps + 1) * math.factorial(2 * steps) ** 2)
+    assert missed.item() == pytest.approx(theorem, rel=1e-6, abs=1e-12)
+
+
+@given(st.sampled_from(["midpoint", "right", "left"]), st.integers(1, 20))
+def test_points_of_equal_parts_count_alike(rule: str, steps: int) -> None:
+    assert AttributionPath(rule=rule, steps=steps).weights == [1.0] * steps
 
 
 @given(seeds, st.floats(0.05, 0.95), st.sampled_from(["layer", "global"]), st.sampled_from(["select", "top"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Literal
 
@@ -11,17 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_simu._checks import check_choice, check_number
+from torch_simu._checks import check_choice, check_number, problem
 from torch_simu.attribution.attribution import Attribution
 from torch_simu.attribution.checkpoint import Checkpoint, Partial, config_hash, weights_hash
 from torch_simu.attribution.completeness import IncompleteError, check_complete, warn_incomplete
+from torch_simu.attribution.estimate.limit import Limit
+from torch_simu.attribution.estimate.result import attribution_of
+from torch_simu.attribution.estimate.within import Within
 from torch_simu.attribution.experts import check_linear
 from torch_simu.attribution.frozen import frozen
 from torch_simu.attribution.methods.call import device_of
-from torch_simu.attribution.methods.decode import decode_sums
+from torch_simu.attribution.methods.decode import decode_rows, decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
-from torch_simu.attribution.methods.packed import packed_sums
-from torch_simu.attribution.methods.prefix import prefix_sums
+from torch_simu.attribution.methods.packed import packed_rows, packed_sums
+from torch_simu.attribution.methods.prefix import prefix_rows, prefix_sums
+from torch_simu.attribution.methods.rows import RowsOf
 from torch_simu.attribution.methods.spot_check import check_exact, fastest_exact
 from torch_simu.attribution.methods.sums import LayerSum, Method
 from torch_simu.attribution.path import Objective, Path, Rule
@@ -42,10 +47,13 @@ _METHODS: Mapping[str, Method] = MappingProxyType(
         "joint": joint_sums,
     }
 )
+_ROWS: Mapping[str, RowsOf] = MappingProxyType({"packed": packed_rows, "decode": decode_rows, "prefix": prefix_rows})
 _FAST = ("packed", "decode")
 
 # Short sequences share a pass up to this many tokens: beyond, attention between sequences costs more than a pass saves.
 _PACK_TOKENS = 128
+# A pass of an estimate has one stream instead of one for each path point, and should not wait for weights.
+_ESTIMATE_TOKENS = 1024
 
 
 def attribute_neurons(
@@ -54,13 +62,15 @@ def attribute_neurons(
     *,
     select: Selector | None = None,
     objective: Objective = "logprob",
-    steps: int = 10,
-    rule: Rule = "midpoint",
+    steps: int = 5,
+    rule: Rule = "gauss",
     method: MethodName = "auto",
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_completeness_error: float | None = 0.2,
     group: dist.ProcessGroup | None = None,
+    budget: int | timedelta | None = None,
+    generator: torch.Generator | None = None,
 ) -> Attribution:
     r"""Attribute next-token predictions to the neurons of each layer, exactly and completely.
 
@@ -83,7 +93,8 @@ def attribute_neurons(
         objective: $F$: log-likelihood of the target ("logprob"), its probability ("prob") or its negative
             log-likelihood ("loss").
         steps: Number $m$ of path points.
-        rule: Path points $\alpha_j$: $(j - 1/2)/m$ ("midpoint"), $j/m$ ("right", as in the paper), $(j-1)/m$ ("left").
+        rule: Path points $\alpha_j$: those of Gauss and Legendre, each with its weight ("gauss"), $(j - 1/2)/m$
+            ("midpoint"), $j/m$ ("right", as in the paper) or $(j-1)/m$ ("left").
         method: "prefix" runs one pass per prefix; "packed" many samples in one pass, over cached keys and values;
             "decode" each sample as one token behind its cached prefix, as in generation; "auto" is the first of
             "packed" and "decode" that a spot check finds equal to "prefix", else "prefix" with a warning; where one of
@@ -96,6 +107,12 @@ def attribute_neurons(
             is worth a warning. None: whatever it is, without a warning.
         group: Processes that share the samples, each with the whole model and all batches; every one gets the sums over
             all. `resume` must name a file for each. None: this process attributes everything.
+        budget: What it may cost: a number of passes over all samples, each forward and backward, or a time, after which
+            every sample has had two passes at least. An exact sum counts as a pass for each layer, path point and the
+            path's end at zero: where two passes per layer fit, scores are exact but for the quadrature, with as many of
+            `steps` as fit. Else they are an unbiased estimate, with `Attribution.standard_error` and without
+            completeness: in each pass a sample changes one random layer to one random point. None: all `steps`.
+        generator: Source of randomness of an estimate, on the CPU; None: always the same.
 
     Returns:
         Scores of every neuron, `completeness_error` of every layer, and provenance.
@@ -127,6 +144,10 @@ def attribute_neurons(
     if max_completeness_error is not None:
         check_number("max_completeness_error", max_completeness_error)
     check_choice("method", method, ("auto", *_METHODS))
+    limit, seed = None if budget is None else Limit(budget), _seed(generator)
+    if limit is not None and method not in ("auto", *_ROWS):
+        wrong = f"budget is given with method {method!r}, which changes all positions at once"
+        raise ValueError(problem(wrong, f"'auto' or one of {list(_ROWS)}", "Leave the budget out."))
     layers = select_layers(model, select)
     for name, module in layers.items():
         check_kind(name, module)
@@ -144,6 +165,8 @@ def attribute_neurons(
             "model": config_hash(model),
             "weights": weights_hash(model),
         }
+        if budget is not None:
+            provenance |= {"budget": str(budget), "seed": seed}
         configuration = {**provenance, "layers": list(layers)}
         # Compared, and kept out of the provenance: a hash of few possible texts tells which of them it was.
         data = data_hash(sequences)
@@ -151,23 +174,20 @@ def attribute_neurons(
         if group is not None:
             mine = share_of(sequences, repr((configuration, data)), group)
             configuration["share"] = [dist.get_rank(group), dist.get_world_size(group)]
+            # Samples of two processes must not change the same layers at the same time.
+            seed += dist.get_rank(group)
         checkpoint = Checkpoint(None if resume is None else os.fspath(resume), configuration, data)
         sizes = {name: num_neurons(module) for name, module in layers.items()}
-        fresh = Partial({name: LayerSum(torch.zeros(size, dtype=torch.float64)) for name, size in sizes.items()})
+        fresh = Partial({name: LayerSum.zero(size, estimated=limit is not None) for name, size in sizes.items()})
         partial = checkpoint.load(fresh)
+        within = Within(model, layers, path, _METHODS[chosen], _ROWS.get(chosen), limit, seed)
         try:
-            _add_sequences(model, mine, layers, path, _METHODS[chosen], partial, checkpoint, progress)
+            _add_sequences(mine, len(layers), within, partial, checkpoint, progress)
         except BaseException:
             checkpoint.save(partial, now=True)
             raise
     sums = partial.sums if group is None else added_up(partial.sums, group)
-    attribution = Attribution(
-        {name: each.scores for name, each in sums.items()},
-        {name: each.completeness_error for name, each in sums.items()},
-        sum(sequence.num_samples for sequence in sequences),
-        provenance,
-        {name: each.change_size for name, each in sums.items()},
-    )
+    attribution = attribution_of(sums, sum(sequence.num_samples for sequence in sequences), provenance)
     if max_completeness_error is not None:
         try:
             check_complete(attribution, max_completeness_error)
@@ -178,6 +198,10 @@ def attribute_neurons(
         warn_incomplete(attribution)
     checkpoint.remove()
     return attribution
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    return 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
 
 
 def _chosen(
@@ -192,35 +216,35 @@ def _chosen(
 
 
 def _add_sequences(
-    model: nn.Module,
     sequences: list[ScoredSequence],
-    layers: Mapping[str, nn.Module],
-    path: Path,
-    method: Method,
+    num_layers: int,
+    within: Within,
     partial: Partial,
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    total = sum(sequence.num_samples for sequence in sequences) * len(layers)
-    done = sum(sequence.num_samples for sequence in sequences[: partial.num_sequences]) * len(layers)
-    for group in _groups(sequences[partial.num_sequences :]):
-        sums = dict(partial.sums)
-        for name, found in method(model, group, layers, path):
-            sums[name] = sums[name] + found
-            done += sum(sequence.num_samples for sequence in group)
+    total = sum(sequence.num_samples for sequence in sequences)
+    tokens = _PACK_TOKENS if within.limit is None else _ESTIMATE_TOKENS
+    for group in _groups(sequences[partial.num_sequences :], tokens):
+        done = sum(sequence.num_samples for sequence in sequences[: partial.num_sequences])
+        count = sum(sequence.num_samples for sequence in group)
+
+        def report(share: float, done: int = done, count: int = count) -> None:
             if progress is not None:
-                progress(done, total)
+                progress(round((done + share * count) * num_layers), total * num_layers)
+
+        found = within.sums(group, share=count / (total - done), number=partial.num_sequences, progress=report)
         # Only whole groups count, so that an interruption leaves sums over the same sequences in every layer.
-        partial.sums = sums
+        partial.sums = {name: each + found[name] for name, each in partial.sums.items()}
         partial.num_sequences += len(group)
         checkpoint.save(partial)
 
 
-def _groups(sequences: list[ScoredSequence]) -> Iterator[list[ScoredSequence]]:
+def _groups(sequences: list[ScoredSequence], tokens: int) -> Iterator[list[ScoredSequence]]:
     """Yield the sequences in order, as many at once as share a pass."""
     group: list[ScoredSequence] = []
     for sequence in sequences:
-        if group and sum(map(len, group)) + len(sequence) > _PACK_TOKENS:
+        if group and sum(map(len, group)) + len(sequence) > tokens:
             yield group
             group = []
         group.append(sequence)

@@ -22,6 +22,7 @@ Dual = Literal["keep", "drop", "isolate"]
 """What becomes of dual neurons, critical for both sets: they stay, they go, or they alone are selected."""
 
 _KIND = "Attribution"
+_ESTIMATE = ("standard_error", "difference")
 _SCOPES = ("layer", "global")
 _DUALS = ("keep", "drop", "isolate")
 
@@ -40,6 +41,9 @@ class Attribution:
         change_size: Layer -> sum over samples of the size of that change. Of each sample counts at least the share of
             the objective that rounding hides: 1e-4, or 16 roundings of the coarsest dtype (0.125 in bfloat16). A
             contrast has none.
+        standard_error: Layer -> that of each score of an estimate, as if samples were drawn independently. Since they
+            are spread, it is an upper bound. Shape: as `scores`.
+        difference: Layer -> half of what the scores of two halves of the estimate differ by. Shape: as `scores`.
 
     Examples:
         >>> scores = {"mlp": torch.tensor([0.1, 2.0, -3.0, 1.0], dtype=torch.float64)}
@@ -55,6 +59,15 @@ class Attribution:
     num_samples: int
     provenance: Mapping[str, object]
     change_size: Mapping[str, float] = field(default_factory=dict)
+    standard_error: Mapping[str, Tensor] = field(default_factory=dict)
+    difference: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def halves(self) -> tuple[Attribution, Attribution]:
+        """The scores by each half of an estimate: `one.stability(two)` tells how far it names the same neurons."""
+        signed = ({at: sign * each for at, each in self.difference.items()} for sign in (1, -1))
+        one, two = (Attribution(_merged(torch.add, self.scores, each), {}, self.num_samples, {}) for each in signed)
+        return one, two
 
     @property
     def delta(self) -> Mapping[str, float]:
@@ -90,7 +103,10 @@ class Attribution:
         errors = {layer: error + theirs[layer] for layer, error in self.completeness_error.items() if layer in theirs}
         provenance: dict[str, object] = {"sum": [dict(self.provenance), dict(other.provenance)]}
         sizes = {layer: size + other.change_size[layer] for layer, size in self.change_size.items() if layer in theirs}
-        return Attribution(scores, errors, self.num_samples + other.num_samples, provenance, sizes)
+        deviation = _merged(torch.hypot, self.standard_error, other.standard_error)
+        difference = _merged(torch.add, self.difference, other.difference)
+        merged = (scores, errors, self.num_samples + other.num_samples, provenance, sizes, deviation, difference)
+        return Attribution(*merged)
 
     def select(
         self,
@@ -208,8 +224,7 @@ class Attribution:
             0.5
         """
         self._check_layers(other)
-        mine = self.top(fraction, scope)
-        if not mine.num_selected:
+        if not (mine := self.top(fraction, scope)).num_selected:
             raise ValueError(problem(f"fraction {fraction} selects no neuron", "at least one", "Take a larger one."))
         return (mine & other.top(fraction, scope)).num_selected / mine.num_selected
 
@@ -222,7 +237,8 @@ class Attribution:
             "num_samples": self.num_samples,
             "provenance": dict(self.provenance),
         }
-        save_tensors(path, _KIND, self.scores, header)
+        tensors = {f"{layer}/{name}": each for name in _ESTIMATE for layer, each in getattr(self, name).items()}
+        save_tensors(path, _KIND, {**self.scores, **tensors}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -245,6 +261,7 @@ class Attribution:
                 check_count("num_samples", header["num_samples"]),
                 dict(cast("dict[str, object]", header["provenance"])),
                 {layer: float(size) for layer, size in cast("dict[str, float]", header.get("change_size", {})).items()},
+                *({at: tensors[f"{at}/{name}"] for at in scores if f"{at}/{name}" in tensors} for name in _ESTIMATE),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             wrong = f"File {str(path)!r} holds no consistent attribution ({error})"
@@ -271,6 +288,10 @@ class Attribution:
             if count := int((~score.isfinite()).sum()):
                 wrong = f"{count} of {score.numel()} scores of layer {layer!r} are not finite"
                 raise ValueError(problem(wrong, "finite scores", "Run the model in bfloat16 or float32."))
+
+
+def _merged(both: Callable[..., Tensor], one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**one, **two, **{layer: both(one[layer], two[layer]) for layer in one if layer in two}}
 
 
 def _relative(score: Tensor) -> Tensor:

@@ -73,7 +73,10 @@ class Checkpoint:
             wrong = f"File {str(self.path)!r} was written for other data, or its key is gone"
             raise ValueError(problem(wrong, "the same samples", "Delete the file, or give another path."))
         numbers = cast("dict[str, list[float]]", header["sums"])
-        sums = {layer: LayerSum(tensors[layer], *numbers[layer]) for layer in fresh.sums}
+        sums = {
+            layer: LayerSum.of([tensors[name] for name in _names(layer, each)], *numbers[layer])
+            for layer, each in fresh.sums.items()
+        }
         return Partial(sums, cast("int", header["num_sequences"]))
 
     def save(self, partial: Partial, *, now: bool = False) -> None:
@@ -83,10 +86,17 @@ class Checkpoint:
         header = {
             "configuration": dict(self.configuration),
             "data": self._keyed_data(),
-            "sums": {layer: [each.completeness_error, each.change_size] for layer, each in partial.sums.items()},
+            "sums": {
+                layer: [each.completeness_error, each.change_size, each.visits] for layer, each in partial.sums.items()
+            },
             "num_sequences": partial.num_sequences,
         }
-        save_tensors(self.path, _KIND, {layer: each.scores for layer, each in partial.sums.items()}, header)
+        tensors = {
+            name: tensor
+            for layer, each in partial.sums.items()
+            for name, tensor in zip(_names(layer, each), each.tensors, strict=True)
+        }
+        save_tensors(self.path, _KIND, tensors, header)
         self._written = time.monotonic()
 
     def remove(self) -> None:
@@ -104,6 +114,10 @@ class Checkpoint:
             with replacing(self._key) as temporary:
                 temporary.write_text(secrets.token_hex(32))
         return hmac.new(self._key.read_bytes(), self.data.encode(), hashlib.sha256).hexdigest()
+
+
+def _names(layer: str, found: LayerSum) -> list[str]:
+    return [layer, f"{layer}/variance", f"{layer}/difference"][: len(found.tensors)]
 
 
 def config_hash(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from torch_simu._checks import check_choice, check_count
@@ -13,11 +14,11 @@ from torch_simu._checks import check_choice, check_count
 Objective = Literal["logprob", "prob", "loss"]
 """What is attributed: log-likelihood of the target, its probability, or its negative log-likelihood."""
 
-Rule = Literal["midpoint", "right", "left"]
-"""Where in each of the equal parts of the path the gradient is taken."""
+Rule = Literal["gauss", "midpoint", "right", "left"]
+"""At which points of the path the gradient is taken: those of Gauss and Legendre, or one in each of equal parts."""
 
 OBJECTIVES = ("logprob", "prob", "loss")
-RULES = ("midpoint", "right", "left")
+RULES = ("gauss", "midpoint", "right", "left")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +27,22 @@ class Path:
 
     Args:
         objective: The quantity $F$.
-        rule: Which point stands for each part.
-        steps: Number $m$ of equal parts.
+        rule: Which points stand for the path. "gauss" integrates polynomials up to degree $2m - 1$ exactly,
+            "midpoint" those of degree 1.
+        steps: Number $m$ of points.
 
     Raises:
         ValueError: If the objective or the rule is unknown, or `steps` is below 1.
         TypeError: If `steps` is not a whole number.
 
     Examples:
-        >>> Path(steps=2).alphas
+        >>> Path(rule="midpoint", steps=2).alphas
         [0.25, 0.75]
     """
 
     objective: Objective = "logprob"
-    rule: Rule = "midpoint"
-    steps: int = 10
+    rule: Rule = "gauss"
+    steps: int = 5
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -49,9 +51,22 @@ class Path:
 
     @property
     def alphas(self) -> list[float]:
-        r"""The points $\alpha_j$, $j = 1 \dots m$: $(j - 1/2)/m$ (midpoint), $j/m$ (right) or $(j - 1)/m$ (left)."""
+        r"""The points $\alpha_j$, $j = 1 \dots m$, ascending.
+
+        $(j - 1/2)/m$ (midpoint), $j/m$ (right), $(j - 1)/m$ (left), or the zeros of the Legendre polynomial of degree
+        $m$, moved from $[-1, 1]$ to $[0, 1]$ (gauss).
+        """
+        if self.rule == "gauss":
+            return [float(1 + node) / 2 for node in leggauss(self.steps)[0]]
         shift = {"midpoint": 0.5, "right": 0.0, "left": 1.0}[self.rule]
         return [(j - shift) / self.steps for j in range(1, self.steps + 1)]
+
+    @property
+    def weights(self) -> list[float]:
+        """How much each point counts, with a mean of 1."""
+        if self.rule == "gauss":
+            return [float(weight) * self.steps / 2 for weight in leggauss(self.steps)[1]]
+        return [1.0] * self.steps
 
     def values(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return F of each sample, see `objective_values`."""

@@ -38,9 +38,14 @@ def share_of(sequences: Sequence[ScoredSequence], fingerprint: str, group: dist.
 def added_up(sums: Mapping[str, LayerSum], group: dist.ProcessGroup) -> dict[str, LayerSum]:
     """Return the sums over all processes, layer by layer."""
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    numbers = torch.tensor([(each.completeness_error, each.change_size) for each in sums.values()], dtype=torch.float64)
-    flat = torch.cat([*(each.scores for each in sums.values()), numbers.flatten()]).to(device)
+    columns = ("completeness_error", "change_size", "visits")
+    numbers = torch.tensor([[getattr(each, name) for name in columns] for each in sums.values()], dtype=torch.float64)
+    tensors = [each for found in sums.values() for each in found.tensors]
+    flat = torch.cat([*tensors, numbers.flatten()]).to(device)
     dist.all_reduce(flat, group=group)
-    *scores, numbers = flat.cpu().split([*(each.scores.numel() for each in sums.values()), numbers.numel()])
-    found = zip(sums, scores, numbers.reshape(-1, 2).tolist(), strict=True)
-    return {layer: LayerSum(score, *pair) for layer, score, pair in found}
+    *added, numbers = flat.cpu().split([*(each.numel() for each in tensors), numbers.numel()])
+    left = iter(added)
+    return {
+        layer: LayerSum.of([next(left) for _ in found.tensors], *row)
+        for (layer, found), row in zip(sums.items(), numbers.reshape(-1, 3).tolist(), strict=True)
+    }

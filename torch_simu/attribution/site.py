@@ -26,7 +26,7 @@ class Site:
         module: The layer; it must be called exactly once, with every token.
         streams: Rows that the layer should see.
         tokens: Tokens per row that the layer should see.
-        alphas: Path points.
+        alphas: Path points. Shape: `(num_alphas,)`, or with one for each first entry of the part `(num_alphas, size)`.
         pick: From a tensor `(streams, tokens, ...)` to the clean part of it that is scaled.
         place: From the scaled part, `(num_alphas, ...)`, and the whole to what the layer gets instead of the whole.
         clean: The same site in a clean pass, whose part is scaled instead of that of this pass.
@@ -39,7 +39,7 @@ class Site:
     module: nn.Module
     streams: int
     tokens: int
-    alphas: Sequence[float]
+    alphas: Sequence[float] | Tensor
     pick: Callable[[Tensor], Tensor]
     place: Callable[[Tensor, Tensor], Tensor]
     clean: Site | None = None
@@ -81,6 +81,23 @@ class Site:
         if is_fused_experts(self.module):
             return experts_scores(self.module, source._inputs, gradient)
         return attributed(gradient, source._part)
+
+    def scores_of_each(self, gradient: Tensor) -> Tensor:
+        """Return activation times gradient of each neuron, for each first entry of the part by itself.
+
+        Args:
+            gradient: Of the objective by the leaf. Shape: `(1, size, ...)`.
+
+        Returns:
+            Shape: `(size, num_neurons)`, float64 on the CPU.
+        """
+        assert self._part is not None
+        if is_fused_experts(self.module):
+            every = range(len(self._part))
+            rows = [([each[one : one + 1] for each in self._inputs], gradient[:, one : one + 1]) for one in every]
+            return torch.stack([experts_scores(self.module, *row) for row in rows])
+        wide = torch.promote_types(self._part.dtype, torch.float32)
+        return (gradient[0].to(wide) * self._part.to(wide)).cpu().double()
 
     def _scale_input(self, _: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         found = self._checked(args[0] if args else None)
@@ -125,14 +142,18 @@ class Site:
         return self.place(self.leaf, whole)
 
 
-def scaled(activation: Tensor, alphas: Sequence[float]) -> Tensor:
+def scaled(activation: Tensor, alphas: Sequence[float] | Tensor) -> Tensor:
     """Return `alpha * activation` for each alpha as a new leaf that requires a gradient, rounded once.
 
     Shape: `(num_alphas,)` before those of `activation`.
     """
     wide = activation.detach().to(torch.promote_types(activation.dtype, torch.float32))
-    points = torch.tensor(alphas, dtype=wide.dtype, device=wide.device)
-    return (points.reshape(-1, *[1] * wide.dim()) * wide).to(activation.dtype).requires_grad_()
+    points = torch.as_tensor(alphas, dtype=wide.dtype, device=wide.device)
+    return (
+        (points.reshape(*points.shape, *[1] * (wide.dim() + 1 - points.dim())) * wide)
+        .to(activation.dtype)
+        .requires_grad_()
+    )
 
 
 def attributed(gradient: Tensor, activation: Tensor) -> Tensor:

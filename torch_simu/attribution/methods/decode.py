@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
 from torch_simu.attribution.methods.cacheable import cached, check_cacheable
 from torch_simu.attribution.methods.call import accepts, device_of
+from torch_simu.attribution.methods.rows import Rows
 from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
@@ -42,12 +44,24 @@ def decode_sums(
     prefixes = _prefixes(model, sequences)
     clean = path.values(prefixes.clean, prefixes.targets)
     count = prefixes.ids.numel()
-    per_prefix = sum(each[0].nbytes for each in (*prefixes.keys, *prefixes.values))
-    # Joining a token to its prefix copies the prefix.
-    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, 0, 2 * per_prefix + bytes_per_token(model))
+    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, 0, prefixes.bytes_per_sample)
     for name, module in layers.items():
         values = partial(_token_values, prefixes, name, module, path)
         yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
+
+
+def decode_rows(
+    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path
+) -> Iterator[Rows]:
+    """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `decode_sums`."""
+    prefixes = _prefixes(model, sequences)
+    count = prefixes.ids.numel()
+    most = chunk_sizes(byte_budget(model), 1, count, 0, prefixes.bytes_per_sample)[1]
+
+    def values(part: slice) -> Tensor:
+        return path.values(prefixes.logits(part, 1)[0], prefixes.targets[part])
+
+    yield Rows(count, most, lambda count: (count, 1), lambda rows: (rows, torch.zeros_like(rows)), values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +84,37 @@ class _Prefixes:
         length = max(1, int(position.max()))
         index = position - length + torch.arange(length, device=position.device)
         return index.clamp(min=0), index >= 0
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """What one sample and path point occupies in a pass."""
+        prefix = sum(each[0].nbytes for each in (*self.keys, *self.values))
+        # Joining a token to its prefix copies the prefix.
+        return 2 * prefix + bytes_per_token(self.model)
+
+    def logits(self, part: slice, streams: int) -> Tensor:
+        """Return the model's logits at some samples. Shape: `(streams, num_samples, vocabulary)`."""
+        from transformers import DynamicCache
+
+        row = self.row[part, None]
+        index, visible = self.before(part)
+        count = len(index)
+        cache = DynamicCache()
+        for number, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            # Indexed on both sides of the heads, the heads come last but one.
+            keys, values = (each[row, :, index].transpose(1, 2).repeat(streams, 1, 1, 1) for each in pair)
+            cache.update(keys, values, number)
+        inputs: dict[str, Tensor] = {}
+        if accepts(self.model, "position_ids"):
+            inputs["position_ids"] = self.position[part, None].repeat(streams, 1)
+        logits = self.model(
+            input_ids=self.ids[part, None].repeat(streams, 1),
+            attention_mask=torch.cat([visible, visible.new_ones(count, 1)], dim=1).long().repeat(streams, 1),
+            past_key_values=cache,
+            use_cache=True,
+            **inputs,
+        ).logits
+        return cast("Tensor", logits[:, 0].reshape(streams, count, -1))
 
 
 def _prefixes(model: nn.Module, sequences: Sequence[ScoredSequence]) -> _Prefixes:
@@ -95,28 +140,11 @@ def _token_values(
     prefixes: _Prefixes, name: str, module: nn.Module, path: Path, alphas: list[float], part: slice
 ) -> tuple[Tensor, dict[str, Site]]:
     """Return F of each path point and sample, and the scaled layer."""
-    from transformers import DynamicCache
-
-    model, row, streams = prefixes.model, prefixes.row[part, None], len(alphas)
-    index, visible = prefixes.before(part)
-    count = len(index)
-    cache = DynamicCache()
-    for number, pair in enumerate(zip(prefixes.keys, prefixes.values, strict=True)):
-        # Indexed on both sides of the heads, the heads come last but one.
-        keys, values = (each[row, :, index].transpose(1, 2).repeat(streams, 1, 1, 1) for each in pair)
-        cache.update(keys, values, number)
-    inputs: dict[str, Tensor] = {}
-    if accepts(model, "position_ids"):
-        inputs["position_ids"] = prefixes.position[part, None].repeat(streams, 1)
+    targets, streams = prefixes.targets[part], len(alphas)
+    count = targets.numel()
     site = Site(
         name, module, streams * count, 1, alphas, lambda whole: whole[:count], lambda leaf, _: leaf.flatten(0, 1)
     )
     with site.scaled():
-        logits = model(
-            input_ids=prefixes.ids[part, None].repeat(streams, 1),
-            attention_mask=torch.cat([visible, visible.new_ones(count, 1)], dim=1).long().repeat(streams, 1),
-            past_key_values=cache,
-            use_cache=True,
-            **inputs,
-        ).logits
-    return path.values(logits[:, 0].reshape(streams, count, -1), prefixes.targets[part]), {name: site}
+        logits = prefixes.logits(part, streams)
+    return path.values(logits, targets), {name: site}

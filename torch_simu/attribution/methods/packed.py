@@ -27,6 +27,7 @@ from torch_simu._checks import problem
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
 from torch_simu.attribution.methods.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
 from torch_simu.attribution.methods.call import device_of, logits_at, text_config
+from torch_simu.attribution.methods.rows import Rows
 from torch_simu.attribution.methods.sums import LayerSum, NotApplicableError, path_sums
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
@@ -61,6 +62,21 @@ def packed_sums(
         yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
 
 
+def packed_rows(
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+) -> Iterator[Rows]:
+    """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `packed_sums`."""
+    pack = _pack(model, sequences, layers)
+    _, most = chunk_sizes(byte_budget(model), 1, pack.queries.numel(), pack.cache_bytes, bytes_per_token(model))
+
+    def values(part: slice) -> Tensor:
+        return path.values(pack.logits(pack.queries[part], 1)[0], pack.targets[part])
+
+    yield Rows(
+        pack.queries.numel(), most, lambda count: (1, count), lambda rows: (torch.zeros_like(rows), rows), values
+    )
+
+
 class _CacheLayer(Protocol):
     update: Callable[..., tuple[Tensor, Tensor]]
 
@@ -87,6 +103,17 @@ class _Pack:
         before &= self.position < self.position[queries, None]
         own = torch.eye(queries.numel(), dtype=torch.bool, device=queries.device)
         return torch.cat([before, own], dim=1)
+
+    def logits(self, queries: Tensor, streams: int) -> Tensor:
+        """Return the model's logits at some queries. Shape: `(streams, num_queries, vocabulary)`."""
+        output = self.model(
+            input_ids=self.ids[queries].expand(streams, -1),
+            position_ids=self.position[queries].expand(streams, -1),
+            attention_mask=_masks(self.model, self.windows, partial(self.mask, queries)),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return cast("Tensor", output.logits)
 
 
 def _seen(sequence: Tensor, position: Tensor, queries: Tensor, kind: str, windows: Mapping[str, int]) -> Tensor:
@@ -155,13 +182,7 @@ def _stream_values(
     streams = len(alphas) if pack.ranks.get(name) == 2 else 1
     site = Site(name, module, streams, queries.numel(), alphas, lambda whole: whole[0], lambda leaf, _: leaf)
     with site.scaled():
-        logits = pack.model(
-            input_ids=pack.ids[queries].expand(streams, -1),
-            position_ids=pack.position[queries].expand(streams, -1),
-            attention_mask=_masks(pack.model, pack.windows, partial(pack.mask, queries)),
-            past_key_values=pack.cache,
-            use_cache=True,
-        ).logits
+        logits = pack.logits(queries, streams)
     if logits.shape[:2] != (len(alphas), queries.numel()):
         wrong = f"Layer {name!r} with {len(alphas)} path points gives logits of shape {tuple(logits.shape)}"
         raise NotApplicableError(problem(wrong, f"({len(alphas)}, {queries.numel()}, vocabulary)", ADVICE))

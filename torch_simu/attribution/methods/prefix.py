@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
 from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.methods.rows import Rows
 from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
@@ -37,6 +38,28 @@ def prefix_sums(
             chunks = Chunks(points, max(1, min(count, tokens // (points * length))))
             sums.append(path_sums(model, values, path, chunks, count)[name])
         yield name, sum(sums[1:], start=sums[0])
+
+
+def prefix_rows(
+    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path
+) -> Iterator[Rows]:
+    """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `prefix_sums`."""
+    tokens = max(1, byte_budget(model) // bytes_per_token(model))
+    for ids, targets in prefixes(sequences, device_of(model)):
+        count, length = ids.shape
+
+        def values(part: slice, ids: Tensor = ids, targets: Tensor = targets) -> Tensor:
+            last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+            logits = logits_at(model, last, input_ids=ids[part], use_cache=False)
+            return path.values(logits[:, 0], targets[part])
+
+        def grid(count: int, length: int = length) -> tuple[int, int]:
+            return count, length
+
+        def at(rows: Tensor, length: int = length) -> tuple[Tensor, Tensor]:
+            return rows, torch.full_like(rows, length - 1)
+
+        yield Rows(count, max(1, tokens // length), grid, at, values)
 
 
 def prefixes(sequences: Sequence[ScoredSequence], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -33,18 +33,49 @@ class LayerSum:
         scores: Attribution of each neuron, in units of the objective. Shape: `(num_neurons,)`, float64 on the CPU.
         completeness_error: Sum of the scores minus the change of the objective along the path.
         change_size: Sum over samples of the size of that change, but of each at least what the model's precision tells.
+        variance: Of the scores, where they are an estimate. Shape: as `scores`.
+        difference: Half of what two halves of an estimate differ by. Shape: as `scores`.
+        visits: How many samples changed the layer for the estimate.
     """
 
     scores: Tensor
     completeness_error: float = 0.0
     change_size: float = 0.0
+    variance: Tensor | None = None
+    difference: Tensor | None = None
+    visits: int = 0
+
+    @classmethod
+    def zero(cls, num_neurons: int, *, estimated: bool = False) -> LayerSum:
+        """Return the sum over no samples, of an estimate or not."""
+        nothing = torch.zeros(num_neurons, dtype=torch.float64)
+        # Each of its own, because tensors that share memory cannot be saved.
+        return cls(nothing, variance=nothing.clone(), difference=nothing.clone()) if estimated else cls(nothing)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], error: float, size: float, visits: float = 0) -> LayerSum:
+        """Return the sum with some `tensors`, and its numbers in order."""
+        scores, variance, difference = tensors if len(tensors) > 1 else (tensors[0], None, None)
+        return cls(scores, error, size, variance, difference, round(visits))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The scores, and of an estimate `variance` and `difference`, too."""
+        return [each for each in (self.scores, self.variance, self.difference) if each is not None]
 
     def __add__(self, other: LayerSum) -> LayerSum:
         return LayerSum(
             self.scores + other.scores,
             self.completeness_error + other.completeness_error,
             self.change_size + other.change_size,
+            _added(self.variance, other.variance),
+            _added(self.difference, other.difference),
+            self.visits + other.visits,
         )
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 def path_sums(
@@ -74,6 +105,7 @@ def path_sums(
     ends: dict[int, list[tuple[int, Tensor]]] = {path.steps: [], path.steps + 1: []}
     totals: dict[str, Tensor] = {}
     nothing = torch.zeros(0, dtype=torch.float64)
+    weights = torch.tensor(path.weights, dtype=torch.float64)[:, None]
 
     def one(which: slice, queries: slice) -> dict[str, Tensor]:
         alphas = points[which]
@@ -83,7 +115,8 @@ def path_sums(
         found: dict[str, Tensor] = {}
         if inner > 0:
             leaves = [cast("Tensor", site.leaf) for site in sites.values()]
-            gradients = torch.autograd.grad(values[:inner].sum(), leaves)
+            weighted = weights[which][:inner].to(values) * values[:inner]
+            gradients = torch.autograd.grad(weighted.sum(), leaves)
             pairs = zip(sites.items(), gradients, strict=True)
             found = {name: site.scores(gradient[:inner]) for (name, site), gradient in pairs}
         for number in measured:

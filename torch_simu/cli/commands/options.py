@@ -95,7 +95,7 @@ Threshold = Annotated[float, typer.Option(help="Share of the largest score, for 
 Scope = Annotated[str, typer.Option(help="Where neurons compete: in their layer, or in all layers together (global).")]
 Attention = Annotated[str, typer.Option(help="Attention projections: frozen or full (the paper's form).")]
 Layers = Annotated[str | None, typer.Option(help="Regular expression for the MLP down projections of unknown models.")]
-PathSteps = Annotated[int, typer.Option(help="Path steps of the attribution.")]
+PathSteps = Annotated[int, typer.Option(help="Path points of the attribution.")]
 ContrastRows = Annotated[int, typer.Option(help="Retain rows to attribute at most, evenly spread.")]
 Incompleteness = Annotated[
     float | None, typer.Option(help="Refuse scores that miss a larger share of the change that they explain.")

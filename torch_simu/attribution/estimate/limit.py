@@ -1,0 +1,54 @@
+"""Limit: how many passes the samples may take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from torch_simu._checks import check_count, problem
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A number of passes over all samples, or a time that starts now.
+
+    Args:
+        budget: Passes, each forward and backward, or a duration.
+
+    Raises:
+        ValueError: If the budget is below two passes, or no time.
+        TypeError: If it is neither a whole number nor a duration.
+
+    Examples:
+        >>> Limit(5).passes(seconds=1.0, share=0.5)
+        5
+        >>> Limit(timedelta(seconds=10)).passes(seconds=1.0, share=0.5)
+        5
+    """
+
+    budget: int | timedelta
+    _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, timedelta):
+            check_count("budget", self.budget, low=2)
+        elif self.budget <= timedelta(0):
+            raise ValueError(problem(f"budget is {self.budget}", "a positive duration"))
+
+    @property
+    def number(self) -> int | None:
+        """How many passes there may be; None: as many as a time allows."""
+        return None if isinstance(self.budget, timedelta) else self.budget
+
+    def passes(self, seconds: float, share: float) -> int:
+        """Return how many passes some samples may take, two at least.
+
+        Args:
+            seconds: What one pass over them takes, the first of which is made.
+            share: Of the samples that are left, these.
+        """
+        if not isinstance(self.budget, timedelta):
+            return self.budget
+        left = self._started + self.budget.total_seconds() - time.monotonic()
+        return 1 + max(1, int(left * share / max(seconds, 1e-9)))
