@@ -41,8 +41,8 @@ class Path:
     """
 
     objective: Objective = "logprob"
-    rule: Rule = "gauss"
-    steps: int = 5
+    rule: Rule = "midpoint"
+    steps: int = 10
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
