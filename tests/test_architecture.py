@@ -62,7 +62,7 @@ MOST_LINES, MOST_FILES = 300, 12
 
 TENSORS_ONLY = {"torch", "einops"}
 OPTIONAL = {
-    *("accelerate", "bitsandbytes", "datasets", "matplotlib", "rich"),
+    *("accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "rich"),
     *("rouge_score", "scipy", "tokenizers", "transformers", "typer"),
 }
 

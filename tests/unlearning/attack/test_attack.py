@@ -160,6 +160,7 @@ def test_progress_ends_at_the_whole_of_each_attack() -> None:
     )
     assert told == {
         "attack relearn": (6, 6),
+        "attack relearn_low_rank": (6, 6),
         **{f"attack {name}": (1, 1) for name in ("round_8bit", "round_4bit", "few_shots")},
     }
 

@@ -8,8 +8,10 @@ from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
+from torch_simu._checks import problem
 from torch_simu.unlearning.attack.config import AttackConfig, chosen_attacks
 from torch_simu.unlearning.attack.copies import ModelCopy
+from torch_simu.unlearning.attack.low_rank import has_peft, why_not
 from torch_simu.unlearning.attack.result import AttackPoint, AttackResult, measure_scored
 from torch_simu.unlearning.attack.rounding import rounded_to_4_bits, rounded_to_8_bits
 from torch_simu.unlearning.attack.rows import check_unscored, split_rows, with_shots
@@ -19,6 +21,7 @@ from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.progress import Progress
 
 _ROUNDINGS = MappingProxyType({"round_8bit": rounded_to_8_bits, "round_4bit": rounded_to_4_bits})
+_LOW_RANK = "relearn_low_rank"
 _CODES = "its weights are codes already"
 _DIVERGED = "the gradient is not finite at any rate before the first measurement"
 _NO_ROOM = "no row fits before another one"
@@ -55,6 +58,7 @@ def attack_model(
         Name -> what the attack came to, in the order of `ATTACKS`.
 
     Raises:
+        ImportError: If "relearn_low_rank" is named and PEFT is not installed; where it is not named, it is skipped.
         ValueError: If the forget set has fewer than two different rows, an attack is unknown or has no rows, a scored
             row is taught, or a weight of the model has no data or was packed for inference.
         DataError: If a row does not fit into the model.
@@ -62,7 +66,10 @@ def attack_model(
     config = AttackConfig() if config is None else config
     names = chosen_attacks(attacks, retain=bool(retain), text=bool(text))
     attacker, scored = split_rows(forget, every=config.attacker_every)
-    taught = {"relearn": attacker, "fine_tune": list(retain), "fine_tune_text": list(text)}
+    learned = {"relearn": attacker, _LOW_RANK: attacker}
+    taught = {**learned, "fine_tune": list(retain), "fine_tune_text": list(text)}
+    if attacks is not None and _LOW_RANK in names and not has_peft():
+        raise ImportError(problem("peft is not installed", f"it for {_LOW_RANK}", "Run: pip install peft"))
     for name in names:
         check_unscored(taught.get(name, []), scored)
     for rows in (scored, *taught.values()):
@@ -77,9 +84,12 @@ def attack_model(
         count, skipped = len(attacker), ""
         total = config.steps * len(config.rates) if name in taught else 1
         told = _told(progress, f"attack {name}", total)
-        if name in taught:
+        if name == _LOW_RANK and (lacking := why_not(copied.model)):
+            skipped = lacking
+        elif name in taught:
             count = len(taught[name])
-            trace = teach(copied, taught[name], scored, config=config, pad_id=pad_id, told=told)
+            rank = config.rank if name == _LOW_RANK else None
+            trace = teach(copied, taught[name], scored, config=config, pad_id=pad_id, rank=rank, told=told)
             skipped = "" if trace else _DIVERGED
         elif name in _ROUNDINGS:
             count = 0

@@ -12,6 +12,7 @@ from torch_simu._checks import check_choice, check_count, check_number, problem
 ATTACKS: Mapping[str, str] = MappingProxyType(
     {
         "relearn": "AdamW on a part of the forget rows",
+        "relearn_low_rank": "the same with LoRA matrices beside the layers, at ten times the rates",
         "fine_tune": "AdamW on retain rows",
         "fine_tune_text": "AdamW on rows of plain text",
         "round_8bit": "all matrices rounded to 8 bits, with a scale for each row",
@@ -32,6 +33,7 @@ class AttackConfig:
         interval: Steps between two measurements of the scored rows; the last step is measured, too.
         batch_size: Rows per step, or all that there are.
         attacker_every: Of so many rows in their order the first is the attacker's.
+        rank: Inner dimension of LoRA matrices.
         shots: Rows before each prompt.
         eval_batch_size: Rows per forward pass of a measurement.
         float32: Whether weights of half precision are attacked in float32, as one who relearns would do: small steps
@@ -52,6 +54,7 @@ class AttackConfig:
     interval: int = 5
     batch_size: int = 16
     attacker_every: int = 3
+    rank: int = 8
     shots: int = 5
     eval_batch_size: int = 32
     float32: bool = True
@@ -63,7 +66,7 @@ class AttackConfig:
         for number, rate in enumerate(self.rates):
             check_number(f"rates[{number}]", rate, low_open=True)
         object.__setattr__(self, "rates", tuple(self.rates))
-        for name in ("steps", "interval", "batch_size", "shots", "eval_batch_size"):
+        for name in ("steps", "interval", "batch_size", "rank", "shots", "eval_batch_size"):
             check_count(name, getattr(self, name))
         check_count("attacker_every", self.attacker_every, low=2)
         check_count("seed", self.seed, low=0)
@@ -88,7 +91,7 @@ def chosen_attacks(attacks: Sequence[str] | None, *, retain: bool, text: bool) -
 
     Examples:
         >>> chosen_attacks(None, retain=False, text=False)
-        ('relearn', 'round_8bit', 'round_4bit', 'few_shots')
+        ('relearn', 'relearn_low_rank', 'round_8bit', 'round_4bit', 'few_shots')
     """
     lacking = {"fine_tune": "retain"} if not retain else {}
     lacking |= {"fine_tune_text": "text"} if not text else {}

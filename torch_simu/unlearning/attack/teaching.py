@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.optim import AdamW
 
 from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.attack.copies import ModelCopy
+from torch_simu.unlearning.attack.low_rank import RATE_RATIO, low_rank
 from torch_simu.unlearning.attack.result import AttackPoint, measure_scored
 from torch_simu.unlearning.attack.rows import check_unscored
 from torch_simu.unlearning.data.batches import Batches
@@ -26,6 +29,7 @@ def teach(
     *,
     config: AttackConfig,
     pad_id: int = 0,
+    rank: int | None = None,
     told: Callable[[int], None] | None = None,
 ) -> list[AttackPoint]:
     """Teach rows to a copy of a model, once for each rate, and measure the scored rows on the way.
@@ -39,6 +43,7 @@ def teach(
         scored: Rows to measure, none of them among `taught`.
         config: Rates, steps and how often is measured.
         pad_id: The token id to pad with.
+        rank: Train LoRA matrices of this rank, at `RATE_RATIO` times the rates; None: all that trains in the copy.
         told: Called with the number of steps that were made over all rates.
 
     Returns:
@@ -50,27 +55,28 @@ def teach(
     check_unscored(taught, scored)
     batches = Batches(taught, min(config.batch_size, len(taught)), config.seed, pad_id)
     points: list[AttackPoint] = []
+    measure = partial(measure_scored, copied.model, scored, batch_size=config.eval_batch_size, pad_id=pad_id)
     for number, rate in enumerate(config.rates):
         copied.restore()
-        optimizer = AdamW(copied.trained, lr=rate, weight_decay=0.0)
-        for step in range(1, config.steps + 1):
-            batch = {name: part.to(copied.model.device) for name, part in batches.batch(step - 1).items()}
-            with torch.enable_grad():
-                mean_answer_nll(copied.model, batch).backward()
-            norm = torch.nn.utils.clip_grad_norm_(copied.trained, _LARGEST_NORM)
-            if not math.isfinite(norm):
-                break
-            optimizer.step()
-            optimizer.zero_grad()
-            if step % config.interval == 0 or step == config.steps:
-                point = measure_scored(
-                    copied.model, scored, batch_size=config.eval_batch_size, pad_id=pad_id, rate=rate, step=step
-                )
-                if not math.isfinite(point.probability):
+        adapting = nullcontext(copied.trained) if rank is None else low_rank(copied.model, rank=rank, seed=config.seed)
+        with adapting as trained:
+            rate = rate if rank is None else RATE_RATIO * rate
+            optimizer = AdamW(trained, lr=rate, weight_decay=0.0)
+            for step in range(1, config.steps + 1):
+                batch = {name: part.to(copied.model.device) for name, part in batches.batch(step - 1).items()}
+                with torch.enable_grad():
+                    mean_answer_nll(copied.model, batch).backward()
+                if not math.isfinite(torch.nn.utils.clip_grad_norm_(trained, _LARGEST_NORM)):
                     break
-                points.append(point)
-            if told is not None:
-                told(number * config.steps + step)
-        # Its moments would be a second copy beside those of the next rate.
-        del optimizer
+                optimizer.step()
+                optimizer.zero_grad()
+                if step % config.interval == 0 or step == config.steps:
+                    point = measure(rate=rate, step=step)
+                    if not math.isfinite(point.probability):
+                        break
+                    points.append(point)
+                if told is not None:
+                    told(number * config.steps + step)
+            # Its moments would be a second copy beside those of the next rate.
+            del optimizer
     return points
