@@ -107,7 +107,7 @@ def test_unlearn_attacks_before_and_after_and_writes_it_into_both_reports(files,
     assert [set(method["attack"]) for method in methods.values()] == [set(ATTACKS) - {"fine_tune_text"}] * 2
     back = methods["fo_graddiff"]["attack"]["relearn"]["probability"]
     page = (out / "report.md").read_text()
-    assert f"probability of {back:.3f}" in page and "| method | relearn | fine_tune |" in page
+    assert f"probability of {back:.3f}" in page and "| method | relearn | relearn_low_rank | fine_tune |" in page
     assert f"| fo_graddiff | {back:.3f} / " in page
     said = " ".join(capsys.readouterr().out.split())
     assert f"Relearning 6 rows brings the other 10 back to a probability of {back:.3f}" in said
@@ -177,7 +177,7 @@ def test_a_quantized_model_is_attacked_through_its_deltas_and_says_what_was_skip
     quick = ["--load-in", "8bit", "--max-steps", 2, "--batch-size", 6, "--attack"]
     assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) in (0, NOT_REACHED)
     methods = json.loads((out / "report.json").read_text())["methods"]
-    assert [set(method["attack"]) for method in methods.values()] == [{"relearn", "fine_tune", "few_shots"}] * 2
+    assert [set(method["attack"]) for method in methods.values()] == [{"relearn", "relearn_low_rank", "fine_tune", "few_shots"}] * 2
     assert "The attack round_8bit was skipped: its weights are codes already." in (out / "report.md").read_text()
     # The folder is attacked as it was written.
     found = tmp_path / "attack.json"
