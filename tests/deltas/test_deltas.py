@@ -20,6 +20,8 @@ from torch_simu.bitsandbytes.layers import eight_bit_codes
 from torch_simu.deltas import attached_layers
 from torch_simu.deltas import layer as delta_layer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZE, WIDTH = 64, 32
 
 

@@ -23,6 +23,8 @@ from torch_simu.layers import attention_projections, neuron_dim, neuron_weight
 from torch_simu.patch import apply_to_checkpoint, bits
 from torch_simu.patch import change as change_module
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ARCHITECTURES = st.sampled_from(["llama", "gpt2", "mixtral", "gpt_oss"])
 
 
