@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
+from tests.attribution.reference_attribution import lively, loosely, padded_batch, sequences
 from tests.distributed import training
+from tests.models import tiny
+from tests.strategies import generator
 from tests.unlearning.trainer.trainer_runs import assert_same, make_model, make_trainer, plain_loop
+from torch_simu import NeuronSelection, SIMUOptimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("placed")]
 
@@ -42,3 +48,29 @@ def test_a_sharded_model_makes_the_steps_of_a_whole_one(mesh):
     optimizer = training.make_optimizer(model)
     training.train(model, optimizer, 0, 5)
     training.assert_same(model, optimizer, *training.one_process())
+
+
+def test_a_sharded_model_is_attributed_like_a_whole_one(mesh):
+    whole, batch = lively("llama"), padded_batch(sequences(2), "right")
+    model = copy.deepcopy(whole)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found, expected = (loosely(each, [batch], steps=2, method="packed") for each in (model, whole))
+    for layer, scores in expected.scores.items():
+        torch.testing.assert_close(found.scores[layer], scores, rtol=1e-4, atol=1e-6 * scores.norm().item())
+
+
+def test_fused_experts_that_are_split_by_their_output_train_like_whole_ones(mesh):
+    trained = []
+    for sharded in (False, True):
+        model = tiny("mixtral")
+        if sharded:
+            fully_shard(model, mesh=mesh, shard_placement_fn=lambda param: Shard(1 if param.dim() == 3 else 0))
+        selection = NeuronSelection.random(model, 0.1, generator(0))
+        optimizer = SIMUOptimizer(selection.param_groups(model, attention="frozen"), lr=0.1)
+        ids = torch.tensor([[3, 4, 5, 6, 7]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        trained.append({name: training.whole(param.detach()) for name, param in model.named_parameters()})
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-5, atol=1e-6)
