@@ -105,7 +105,7 @@ def attribution(size: str, device: str, small: bool) -> list[Row]:
 
 def training(size: str, device: str, small: bool) -> list[Row]:
     """Forward, backward and step with deltas on 5 % of the neurons of each layer, without checkpointing."""
-    model = model_of(size, device, small)
+    model = model_of(size, device, small).requires_grad_(False)
     selection = NeuronSelection.random(model, FRACTION, torch.Generator().manual_seed(0))
     deltas = list(attach_deltas(model, selection).values())
     optimizer = SIMUOptimizer(deltas, lr=1e-5, hessian_interval=1000)

@@ -70,7 +70,7 @@ def test_state_and_gradients_of_trained_columns_are_as_large_as_the_formula_says
 
 
 def test_deltas_and_their_gradients_are_as_large_as_the_formula_says():
-    found = made(SMALL, "cpu")
+    found = made(SMALL, "cpu").requires_grad_(False)
     selection = NeuronSelection.random(found, FRACTION, torch.Generator().manual_seed(0))
     attach_deltas(found, selection)
     ids = torch.arange(3, 15)[None]
@@ -103,8 +103,9 @@ def test_attribution_takes_at_most_the_operations_of_the_formula():
     assert 0.3 < counter.get_total_flops() / scale.attribution_flops(SMALL, 8) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_training_step_takes_the_operations_of_the_formula():
-    found = made(SMALL, "cpu").train()
+    found = made(SMALL, "cpu").train().requires_grad_(False)
     selection = NeuronSelection.random(found, FRACTION, torch.Generator().manual_seed(0))
     attach_deltas(found, selection)
     found.gradient_checkpointing_enable({"use_reentrant": False})
