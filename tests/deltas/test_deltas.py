@@ -53,7 +53,7 @@ neurons = st.sets(st.integers(0, SIZE - 1), min_size=1)
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def pair(name: str, dtype: torch.dtype, seed: int, *, attention: bool = False):
 
 def raw(model: nn.Module) -> dict[str, bytes]:
     return {
-        name: value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        name: value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         for name, value in model.state_dict().items()
     }
 
