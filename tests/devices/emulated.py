@@ -2,8 +2,8 @@
 
 Tensors on it may not be mixed with tensors of the processor, read as numpy arrays or made with a generator of the
 processor. So a test that was written for a GPU runs without one, on real values, and a tensor that the package left on
-the processor is seen. Its tensors are a subclass: what refuses weights of a subclass (`NeuronSelection.param_groups`, deltas)
-refuses them too, and tests that go through there do not pass on it.
+the processor is seen. Its tensors are a subclass: what refuses weights of a subclass refuses them too
+(`NeuronSelection.param_groups`, deltas), and tests that go through there do not pass on it.
 """
 
 from __future__ import annotations
