@@ -15,7 +15,10 @@ FLOOR_TESTS ?= -n auto -m "not slow and not gpu" tests/ground tests/optimizer te
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test some-tests check floors docs format clean pretrained
+# What make gpu is called with: --minutes 9, say, or --device cpu --small where there is no GPU.
+GPU_ARGS ?=
+
+.PHONY: demo test some-tests check floors gpu docs format clean pretrained
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -36,6 +39,10 @@ check: $(VENV)/.dev
 # Warnings of what is old are no errors there.
 floors: $(FLOOR_VENV)/.floors
 	$(FLOOR_VENV)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(FLOOR_TESTS)
+
+# With a python that has torch for the GPU, and without a network: make gpu GPU_PYTHON=python3 GPU_ARGS="--wheels FOLDER".
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.dev)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_ARGS)
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict

@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 
 from scipy import stats
 
+from benchmarks import scale
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
@@ -280,6 +281,8 @@ TABLES = {
     "robustness": robustness,
     "deltas": deltas,
     "reliability": reliability,
+    "scale_models": scale.models,
+    "scale_memory": scale.memory,
     "lasting_demo": lambda: lasting("demo"),
     "lasting_tofu": lambda: lasting("tofu"),
 }

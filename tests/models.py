@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from tests.devices.placing import here
+
 VOCABULARY = 97
 NUM_BLOCKS = 2
 D_MODEL = 32
@@ -118,6 +120,7 @@ def tiny(name: str, seed: int = 0, **config: Any) -> nn.Module:
     """
     kind, arguments = _CONFIGS[name]
     chosen = getattr(transformers, kind)(**{"vocab_size": VOCABULARY, **_SPECIAL, **arguments, **config})
-    with torch.random.fork_rng(devices=[]):
+    # The same weights on every device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(chosen).eval()
+        return transformers.AutoModelForCausalLM.from_config(chosen).eval().to(here())

@@ -5,9 +5,19 @@ from __future__ import annotations
 import copy
 
 import bitsandbytes as bnb
+import pytest
+import torch
 from torch import nn
 
+from tests.devices.placing import here
 from tests.strategies import normal
+
+
+def place() -> torch.device:
+    """Where a test makes its layers, if bitsandbytes has kernels for it."""
+    if here().type == "emulated":
+        pytest.skip("bitsandbytes has no kernels for an emulated device")
+    return here()
 
 
 def eight_bit(seed: int, num_neurons: int, width: int, *, bias: bool = True, threshold: float = 0.0) -> nn.Module:
@@ -17,7 +27,7 @@ def eight_bit(seed: int, num_neurons: int, width: int, *, bias: bool = True, thr
     layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
     if bias:
         layer.bias = nn.Parameter(normal(seed + 1, width))
-    return layer.to("cpu")
+    return layer.to(place())
 
 
 def four_bit(seed: int, num_neurons: int, width: int, *, bias: bool = True) -> nn.Module:
@@ -26,7 +36,7 @@ def four_bit(seed: int, num_neurons: int, width: int, *, bias: bool = True) -> n
     layer.weight = bnb.nn.Params4bit(normal(seed, width, num_neurons), requires_grad=False, quant_type="nf4")
     if bias:
         layer.bias = nn.Parameter(normal(seed + 1, width))
-    return layer.to("cpu")
+    return layer.to(place())
 
 
 def quantized(model: nn.Module, kind: str) -> nn.Module:
@@ -44,5 +54,5 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
             new.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
         if layer.bias is not None:
             new.bias = layer.bias
-        model.set_submodule(name, new.to("cpu"))
+        model.set_submodule(name, new.to(place()))
     return model

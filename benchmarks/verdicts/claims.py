@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from benchmarks.verdicts import forgetting, optimizer, planted, reliability, speed
+from benchmarks.verdicts import forgetting, gpu, optimizer, planted, reliability, speed
 from benchmarks.verdicts.parts import Part, Row, verdict
 
 
@@ -103,6 +103,12 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "and state are those of the selected columns; at 5 % a forward and backward pass over float layers takes "
             "at most 0.9 of one with a masked dense gradient.",
             speed.deltas,
+        ),
+        "gpu": Claim(
+            "On one GPU every test marked gpu passes; at 5 % of the down projections of a model of 7 billion "
+            "parameters a step is 5 times faster than dense masked Sophia, its state is two compact moments and its "
+            "peak four.",
+            gpu.gpu,
         ),
         "reliability": Claim(
             "Every bad call, command line and row is refused in one line and changes nothing, every damaged file is "

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tests.devices.placing import here
 from tests.models import VOCABULARY, tiny
 from tests.strategies import generator
 from torch_simu.attribution import attribute_neurons
@@ -36,9 +37,13 @@ class Expected:
     change: float
 
 
-@functools.cache
 def lively(name: str, **config: object) -> nn.Module:
     """A tiny model whose weights are large enough for attention and nonlinearities to matter."""
+    return _lively(here(), name, **config)
+
+
+@functools.cache
+def _lively(device: torch.device, name: str, **config: object) -> nn.Module:
     # Tuples can be cached by, lists are what configurations take.
     model = tiny(name, **{key: list(value) if isinstance(value, tuple) else value for key, value in config.items()})
     with torch.no_grad():

@@ -19,6 +19,8 @@ from torch_simu.attribution import Attribution, attribute, site
 from torch_simu.attribution.methods import decode, packed
 from torch_simu.layers import down_projections
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FIVE = ("llama", "gpt2", "opt", "gpt_neox", "qwen3")
 WITHOUT_SDPA = ("gemma2", "gptj", "gpt_neo", "bloom", "mpt", "gpt_oss")
 DECODED = ("gpt_neo", "bloom", "mpt")

@@ -20,6 +20,8 @@ from tests.strategies import seeds
 from torch_simu.attribution import Attribution, IncompleteError, attribute_neurons, check_complete
 from torch_simu.attribution.methods.sums import _precision
 
+pytestmark = pytest.mark.usefixtures("device")
+
 METHODS = ("packed", "decode", "prefix")
 
 

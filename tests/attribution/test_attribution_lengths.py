@@ -19,6 +19,8 @@ from tests.attribution.test_attribution import relative_error
 from tests.models import VOCABULARY, tiny
 from torch_simu.attribution.attribution import Attribution
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FAST = ("packed", "decode")
 TEXT = {
     "vocab_size": VOCABULARY,

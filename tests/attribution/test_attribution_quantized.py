@@ -9,6 +9,8 @@ from scipy.stats import spearmanr
 from tests.attribution.reference_attribution import lively, loosely, padded_batch, sequences
 from tests.quantized import quantized
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("method", ["packed", "decode", "auto"])
 def test_an_8_bit_model_is_attributed_exactly_and_like_the_float_model(method: str) -> None:

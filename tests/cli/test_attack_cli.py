@@ -177,7 +177,9 @@ def test_a_quantized_model_is_attacked_through_its_deltas_and_says_what_was_skip
     quick = ["--load-in", "8bit", "--max-steps", 2, "--batch-size", 6, "--attack"]
     assert call("unlearn", *options(files, "forget", "retain"), "--out", out, *quick) in (0, NOT_REACHED)
     methods = json.loads((out / "report.json").read_text())["methods"]
-    assert [set(method["attack"]) for method in methods.values()] == [{"relearn", "relearn_low_rank", "fine_tune", "few_shots"}] * 2
+    assert [set(method["attack"]) for method in methods.values()] == [
+        {"relearn", "relearn_low_rank", "fine_tune", "few_shots"}
+    ] * 2
     assert "The attack round_8bit was skipped: its weights are codes already." in (out / "report.md").read_text()
     # The folder is attacked as it was written.
     found = tmp_path / "attack.json"

@@ -47,9 +47,9 @@ def options(files, *names, **changed):
     return [part for name in ("model", *names) for part in (f"--{name}", sources[name])]
 
 
-def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, capsys):
+def test_unlearn_writes_model_selection_log_plots_and_report(files, tmp_path, capsys, device):
     out = tmp_path / "out"
-    quick = ["--lr", 1e-2, "--max-steps", 3, "--batch-size", 6, "--fraction", 0.3]
+    quick = ["--device", device.type, "--lr", 1e-2, "--max-steps", 3, "--batch-size", 6, "--fraction", 0.3]
     assert call("unlearn", *options(files, "forget", "retain", "world"), "--out", out, *quick) == NOT_REACHED
     report = json.loads((out / "report.json").read_text())
     assert set(report) >= {"seed", "versions", "methods"} and set(report["methods"]) == {"before", "simu"}
@@ -77,9 +77,10 @@ def test_an_objective_that_refuses_gets_refusals_from_the_tokenizer(files, tmp_p
     assert losses[1] < losses[0]
 
 
-def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path, capsys):
+def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path, capsys, device):
     out = tmp_path / "out"
-    assert call("attribute", *options(files, "forget"), "--out", out, "--steps", 10, "--fraction", 0.25) == 0
+    where = ["--out", out, "--device", device.type]
+    assert call("attribute", *options(files, "forget"), *where, "--steps", 10, "--fraction", 0.25) == 0
     attribution = Attribution.load(out / "attribution.safetensors")
     assert NeuronSelection.load(out / "selection.safetensors") == attribution.top(0.25)
     assert (out / "attribution.png").stat().st_size > 1000

@@ -16,6 +16,8 @@ from torch_simu import NeuronSelection, attach_deltas
 from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.deltas import attached_layers, decode_model
 
+pytestmark = pytest.mark.usefixtures("device")
+
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
 
 

@@ -20,6 +20,8 @@ from torch_simu.bitsandbytes.layers import eight_bit_codes
 from torch_simu.deltas import attached_layers
 from torch_simu.deltas import layer as delta_layer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZE, WIDTH = 64, 32
 
 
@@ -51,7 +53,7 @@ neurons = st.sets(st.integers(0, SIZE - 1), min_size=1)
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

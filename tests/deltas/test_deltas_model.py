@@ -15,6 +15,8 @@ from tests.strategies import normal
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, detach_deltas
 from torch_simu.deltas import load_deltas, save_deltas
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_a_quantized_language_model_trains_and_saves_its_base_untouched(kind: str, tmp_path) -> None:

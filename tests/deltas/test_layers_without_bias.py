@@ -12,6 +12,8 @@ from tests.attribution.reference_attribution import loosely, reference
 from tests.models import tiny
 from torch_simu import NeuronPatch, NeuronSelection, SIMUOptimizer, attach_deltas, merge_deltas
 
+pytestmark = pytest.mark.usefixtures("device")
+
 LAYERS = ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj")
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, -100, 8]])}
 

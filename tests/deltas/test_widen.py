@@ -15,6 +15,8 @@ from torch_simu.deltas import attached_layers, widen_deltas
 from torch_simu.deltas.trained import trained_groups
 from torch_simu.layers import is_neuron_layer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def selected(chosen: set[int]) -> NeuronSelection:
     return NeuronSelection({"0": chosen}, {"0": SIZE})

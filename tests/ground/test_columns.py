@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tests.strategies import normal, seeds
 from torch_simu.columns import Columns, compact_shape, dims_of, neurons_first, num_columns
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @st.composite
 def cases(draw):

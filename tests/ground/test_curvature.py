@@ -15,6 +15,8 @@ from tests.strategies import generator, normal, seeds
 from torch_simu import gauss_newton_loss
 from torch_simu.curvature import bartlett_diagonal, scored_logits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @given(seeds, st.integers(1, 3))
 def test_the_estimate_is_unbiased(seed, tokens):

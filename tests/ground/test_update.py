@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests.strategies import normal, seeds
 from torch_simu.update import clipped_step_, round_stochastically
 
+pytestmark = pytest.mark.usefixtures("device")
+
 half_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 
 

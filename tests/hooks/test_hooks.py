@@ -16,6 +16,8 @@ from torch.utils.checkpoint import CheckpointError
 from tests.hooks.hooked_network import PLAIN, Case, Net, cases, loss_of, naive_capture
 from torch_simu.hooks import NeuronHookError, NeuronHooks, register_neuron_hooks
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Register = Callable[..., NeuronHooks]
 
 

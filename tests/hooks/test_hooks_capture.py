@@ -14,6 +14,8 @@ from tests.hooks.hooked_network import PLAIN, Case, cases, loss_of, naive_captur
 from tests.strategies import normal, seeds
 from torch_simu.hooks import NeuronHookError, register_neuron_hooks
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAIVE_SUMS = {
     "attribution": lambda a, g: (a * g).sum(0),
     "act": lambda a, g: a.sum(0),

@@ -16,6 +16,8 @@ from tests.hooks.test_hooks_capture import NAIVE_SUMS
 from tests.strategies import generator, normal, seeds
 from torch_simu.hooks import NeuronHookError, register_neuron_hooks, tap
 
+pytestmark = pytest.mark.usefixtures("device")
+
 KINDS = [(nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d)]
 
 

@@ -18,6 +18,8 @@ from torch_simu import SIMUOptimizer, gauss_newton_loss
 from torch_simu.curvature import hutchinson_estimates
 from torch_simu.optimizer import soul
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BAD = float("nan")
 
 

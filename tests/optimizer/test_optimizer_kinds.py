@@ -16,6 +16,8 @@ from tests.strategies import generator, normal
 from torch_simu import SIMUOptimizer
 from torch_simu.optimizer import soul
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CONFIGS = {
     "default": {},
     "lr": {"lr": 0.01},

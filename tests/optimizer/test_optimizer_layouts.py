@@ -15,6 +15,8 @@ from tests.optimizer.test_optimizer_torch import assert_equal, train
 from tests.strategies import normal, seeds
 from torch_simu import SIMUOptimizer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @given(seeds, st.integers(1, 4), st.integers(1, 5), st.data())
 def test_channels_of_a_convolution_are_neurons(seed, channels, filters, data):

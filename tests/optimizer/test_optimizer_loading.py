@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from torch_simu import SIMUOptimizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def stepped(*, steps=1, **options):

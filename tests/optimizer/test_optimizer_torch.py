@@ -17,6 +17,8 @@ from torch.optim import lr_scheduler
 from tests.strategies import normal, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 VARIANTS = {
     "plain": {},
     "decay": {"weight_decay": 0.1},

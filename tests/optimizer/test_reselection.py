@@ -14,6 +14,8 @@ from tests.strategies import normal, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.columns import Columns
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZE = 6
 indices = st.sets(st.integers(0, SIZE - 1))
 

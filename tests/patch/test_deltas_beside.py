@@ -21,7 +21,7 @@ from torch_simu.patch.beside import stored_fingerprint
 from torch_simu.patch.reading import opened
 
 LAYER = "model.layers.1.mlp.down_proj"
-pytestmark = pytest.mark.parametrize("kind", ["8bit", "4bit"])
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.parametrize("kind", ["8bit", "4bit"])]
 
 
 def made(folder: Path, kind: str) -> tuple[NeuronSelection, NeuronPatch]:

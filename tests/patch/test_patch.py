@@ -23,6 +23,8 @@ from torch_simu.layers import attention_projections, neuron_dim, neuron_weight
 from torch_simu.patch import apply_to_checkpoint, bits
 from torch_simu.patch import change as change_module
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ARCHITECTURES = st.sampled_from(["llama", "gpt2", "mixtral", "gpt_oss"])
 
 
@@ -44,7 +46,7 @@ def pair(name: str, dtype: torch.dtype, seed: int, *, attention: bool = False):
 
 def raw(model: nn.Module) -> dict[str, bytes]:
     return {
-        name: value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        name: value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         for name, value in model.state_dict().items()
     }
 

@@ -142,6 +142,9 @@ class SIMUOptimizer(CurvatureUpdates):
             self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
         for each in (self._selected, self._estimates, self._guard):
             each.clear()
+        # Known now: after a step on a device the counters are there.
+        if any(group["next_refresh"] > 1 for group in self.param_groups):
+            self._guard.count_refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own options and, optionally, `neurons` and `neuron_dim`.

@@ -16,6 +16,8 @@ from tests.strategies import Layer, Options, float_dtypes, layers, normal, optio
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, register_neuron_hooks
 from torch_simu.hooks import NeuronHookError
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DEVICE = st.sampled_from([{}, {"capturable": True}])
 CURVATURES = st.sampled_from(["neurons", "both"])
 OPTIONS = Options(lr=0.05, beta1=0.5, beta2=0.9, rho=1.0, weight_decay=0.1, clip=0.5, interval=2)

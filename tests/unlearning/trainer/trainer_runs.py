@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import TrainingArguments
 
+from tests.devices.placing import here
 from tests.models import tiny
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.unlearning.data.batches import Batches
@@ -68,7 +69,7 @@ def make_trainer(
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": here().type == "cpu",
         "dataloader_pin_memory": False,
         "report_to": [],
         "disable_tqdm": True,
@@ -99,7 +100,7 @@ def naive_refresh(model, optimizer, step):
     num_tokens = sum(row.num_scored for row in rows)
     for number, row in enumerate(rows):
         logits = answer_logits_of(model, row)
-        draw = torch.Generator().manual_seed(random.Random(f"{SEED} {step} {number}").getrandbits(63))
+        draw = torch.Generator(logits.device).manual_seed(random.Random(f"{SEED} {step} {number}").getrandbits(63))
         sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
         (functional.cross_entropy(logits, sampled, reduction="sum") / num_tokens).backward()
     optimizer.update_hessian(num_tokens)
