@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,7 +211,7 @@ class Toy(nn.Module):
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
-        self.config = SimpleNamespace(num_hidden_layers=len(blocks), hidden_size=8)
+        self.config = transformers.PretrainedConfig(num_hidden_layers=len(blocks), hidden_size=8)
         self.embed, self.layers = nn.Embedding(17, 8), nn.ModuleList(blocks)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -272,7 +271,6 @@ def test_attention_is_told_from_an_mlp_in_models_with_other_lists_and_with_token
     found, attention = down_projections(model), attention_projections(model)
     assert ends(found) == {down}
     assert not found.keys() & attended(model)
-    # One attends to an encoder that is not there.
     assert set(attention) == {layer for layer in attended(model) if "cross_attn" not in layer}
 
 
