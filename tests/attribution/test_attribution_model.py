@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.attribution.reference_attribution import lively, loosely, reference
 from tests.models import tiny
+from tests.pages.architectures import made
 from torch_simu.attribution import Attribution, attribute_neurons
 from torch_simu.attribution.site import Site
 
@@ -204,6 +205,28 @@ def test_layers_that_are_not_called_once_are_refused(layer: str, message: str) -
     ):
         model(ids)
     assert not model.get_submodule(layer)._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("xlnet", r"ff.layer_2' in one pass has input shape \(1, \d, \d+\), expected one call with \d x 1 tokens"),
+        ("inkling_text", r"Experts 'model.layers.0.mlp.shared_experts' are called with \['gammas'\] by name"),
+    ],
+)
+def test_layers_that_do_not_get_rows_of_tokens_by_position_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attribute_neurons(made(name), [BATCH], method="prefix", steps=2)
+
+
+def test_a_layer_that_gets_tokens_before_rows_is_refused_in_any_pass_of_more_rows_than_tokens_or_fewer() -> None:
+    layer = nn.Linear(4, 4)
+    for streams, tokens in ((1, 3), (3, 1), (2, 3)):
+        site = Site("layer", layer, streams, tokens, [1.0], lambda whole: whole, lambda leaf, _: leaf[0])
+        with site.scaled():
+            layer(torch.ones(streams, tokens, 4))
+        with pytest.raises(ValueError, match=f"expected one call with {streams} x {tokens} tokens"), site.scaled():
+            layer(torch.ones(tokens, streams, 4))
 
 
 def test_provenance_says_how_the_scores_came_about() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.models import NAMES, tiny
+from tests.pages.architectures import made
 from torch_simu import NeuronSelection
 from torch_simu.layers import attention_projections, down_projections, probed_projections
 
@@ -166,3 +169,132 @@ def test_the_page_lists_what_attention_full_trains_in_every_family() -> None:
     rows = [f"| {', '.join(names)} | {layers} |" for layers, names in trained.items()]
     table = "\n".join(["| model type | layers |", "|---|---|", *rows])
     assert table in PAGE.read_text(), f"docs/api/layers.md should hold:\n{table}"
+
+
+class Part(nn.Module):
+    """Two layers, and what is between and behind them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], behind: float = 1.0) -> None:
+        super().__init__()
+        self.up, self.down, self.between, self.behind = nn.Linear(8, 12), nn.Linear(12, 8), between, behind
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.behind * self.down(self.between(self.up(hidden)))
+
+
+class Around(nn.Module):
+    """A block that holds parts, and adds what they give."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + sum(part(hidden) for part in self.children())
+
+
+class Listed(Around):
+    """A part that adds what the experts in its list give."""
+
+    def __init__(self, *experts: nn.Module) -> None:
+        super().__init__()
+        self.members, self.router = nn.ModuleList(experts), nn.Linear(8, len(experts))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = self.router(hidden).softmax(-1)
+        return sum(expert(hidden) * chosen[..., [each]] for each, expert in enumerate(self.members))
+
+
+class Toy(nn.Module):
+    """A model without a known type, of the blocks that it is given."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.config = transformers.PretrainedConfig(num_hidden_layers=len(blocks), hidden_size=8)
+        self.embed, self.layers = nn.Embedding(17, 8), nn.ModuleList(blocks)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        for block in self.layers:
+            hidden = block(hidden)
+        return hidden
+
+
+def toy(make: Callable[[], nn.Module]) -> Toy:
+    torch.manual_seed(0)
+    return Toy(make(), make())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a part", "in the block"])
+@pytest.mark.parametrize("between", [torch.relu, nn.functional.silu, torch.tanh])
+def test_a_layer_behind_a_nonlinearity_of_each_position_is_a_down_projection(
+    between: Callable[[Tensor], Tensor], inside: bool
+) -> None:
+    model = toy(lambda: Around(mlp=Part(between), glue=nn.Linear(8, 8)) if inside else Part(between))
+    assert ends(probed_projections(model)[0]) == {"mlp.down" if inside else "down"}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a part", "in the block"])
+def test_the_second_of_two_linear_layers_without_a_nonlinearity_is_no_down_projection(inside: bool) -> None:
+    model = toy(lambda: Around(pair=Part(nn.Identity()), glue=nn.Linear(8, 8)) if inside else Part(nn.Identity()))
+    assert probed_projections(model) == (set(), set())
+
+
+def test_a_layer_that_gets_what_other_positions_made_is_attention_or_refused_and_never_an_mlp() -> None:
+    down, attention = probed_projections(
+        toy(lambda: Around(mixer=Part(partial(torch.cumsum, dim=-2)), mlp=Part(torch.relu)))
+    )
+    assert (ends(down), ends(attention)) == ({"mlp.down"}, {"mixer.up", "mixer.down"})
+    inlined = toy(lambda: Part(partial(torch.cumsum, dim=-2)))
+    with pytest.raises(ValueError, match="does not tell what Part is, expected attention or an MLP"):
+        probed_projections(inlined)
+    with pytest.raises(ValueError, match=r"of Toy .* are not known, .* candidates are: layers.\*.up \(8 inputs\)"):
+        down_projections(inlined)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [(lambda: Part(torch.relu, 0.0), "Part"), (lambda: Listed(*(Part(torch.relu),) * 2), "Listed")]
+)
+def test_a_part_whose_behavior_tells_nothing_is_refused(part: Callable[[], nn.Module], kind: str) -> None:
+    with pytest.raises(ValueError, match=f"does not tell what {kind} is"):
+        probed_projections(toy(lambda: Around(part=part(), glue=nn.Linear(8, 8))))
+
+
+@pytest.mark.parametrize(
+    ("name", "down"), [("xlm", "lin2"), ("cpmant", "ffn.ffn.w_out"), ("prophetnet", "feed_forward.output")]
+)
+def test_attention_is_told_from_an_mlp_in_models_with_other_lists_and_with_tokens_of_their_own(
+    name: str, down: str
+) -> None:
+    model = made(name)
+    found, attention = down_projections(model), attention_projections(model)
+    assert ends(found) == {down}
+    assert not found.keys() & attended(model)
+    assert set(attention) == {layer for layer in attended(model) if "cross_attn" not in layer}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "qwen2_moe": {"mlp.experts", "mlp.shared_expert.down_proj"},
+        "aria_text": {"mlp.experts", "mlp.shared_experts.down_proj"},
+        "llama4_text": {"feed_forward.experts", "feed_forward.shared_expert.down_proj"},
+        "afmoe": {"mlp.down_proj", "mlp.experts", "mlp.shared_experts.down_proj"},
+        "glm4_moe_lite": {"mlp.down_proj", "mlp.experts", "mlp.shared_experts.down_proj"},
+        "hunyuan_v1_moe": {"mlp.experts", "mlp.shared_mlp.down_proj"},
+        "nemotron_h": {"mixer.down_proj", "mixer.experts", "mixer.shared_experts.down_proj"},
+    }.items(),
+)
+def test_shared_experts_are_found_beside_routed_ones_whichever_of_them_the_plan_leaves_out(
+    name: str, expected: set[str]
+) -> None:
+    model = made(name)
+    found = down_projections(model)
+    assert ends(found) == expected
+    assert set(found) == {layer for layer, _ in model.named_modules() if layer.endswith(tuple(expected))}
+
+
+def test_a_run_that_adds_to_the_plan_in_another_part_of_the_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"differ on 3 .*'model.layers.0.input_layernorm.mlp.fc2' is in a run"):
+        down_projections(made("axk2"))

@@ -122,16 +122,12 @@ def _clause(error: Exception) -> str:
         ("differ on", "the plan and a run differ"),
         ("are not known", "no layer is found"),
         ("encoder and a decoder", "it has an encoder and a decoder"),
-        ("in one pass has input shape", "a layer has another shape in a second call"),
+        ("by name, expected arguments by position", "experts are called with arguments by name"),
+        ("in one pass has input shape", "a layer gets another shape than rows x tokens"),
     ):
         if known in text:
             return told
     return type(error).__name__
-
-
-def is_attention(layers: str) -> bool:
-    """Whether what was found is no MLP: a run on a few tokens may take the output of an attention for one."""
-    return re.search(r"attn|att\b|attention", layers) is not None and "mlp" not in layers
 
 
 HEAD = """\
@@ -155,15 +151,13 @@ def page(rows: Iterable[tuple[str, Measured]]) -> Iterator[str]:
     """The lines of the page of supported models."""
     rows = dict(rows)
     yield from HEAD.format(version=transformers.__version__).splitlines()
-    good = {name: row for name, row in rows.items() if row.method and not is_attention(row.layers)}
+    good = {name: row for name, row in rows.items() if row.method}
     yield from ("", f"## Found and exact: {len(good)}", "")
     yield from ("| model type | layers with neurons | known by | exact by |", "|---|---|---|---|")
     yield from (f"| {name} | {row.layers} | {row.source} | {row.method} |" for name, row in good.items())
     bad = {name: row for name, row in rows.items() if name not in good and not row.unmade}
     yield from ("", f"## Refused, or to be named by a pattern: {len(bad)}", "", "| model type | why |", "|---|---|")
-    for name, row in bad.items():
-        wrong = f"a run takes attention for an MLP: {row.layers}; pass a pattern" if is_attention(row.layers) else ""
-        yield f"| {name} | {wrong or row.refused} |"
+    yield from (f"| {name} | {row.refused} |" for name, row in bad.items())
     left = [name for name, row in rows.items() if row.unmade]
     yield from ("", f"## Not measured: {len(left)}", "")
     yield "No small model could be made by these sizes, mostly because its parts have configurations of their own:"

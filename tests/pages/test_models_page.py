@@ -12,7 +12,7 @@ from tests.pages import architectures
 from tests.pages.reading import DOCS
 
 TEXT = (DOCS / "reference" / "models.md").read_text()
-SAMPLE = ("apertus", "bart", "bloom", "ctrl", "gpt_oss", "mamba", "qwen2_moe", "reformer", "xglm", "xlm")
+SAMPLE = ("apertus", "bart", "bloom", "ctrl", "gpt_oss", "mamba", "qwen2_moe", "reformer", "xglm", "xlm", "xlnet")
 NAMES = architectures.TYPES if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else SAMPLE
 
 pytestmark = pytest.mark.skipif(
@@ -29,6 +29,11 @@ def rows(text: str) -> set[str]:
 def test_every_model_type_of_this_version_is_on_the_page_once() -> None:
     told = [row.split("|")[1].strip() if row.startswith("|") else row for row in rows(TEXT)]
     assert sorted(name for name in told if name and name != "model type") == architectures.TYPES
+
+
+def test_no_attention_is_taken_for_an_mlp() -> None:
+    found = TEXT.split("## Found and exact")[1].split("## Refused")[0]
+    assert "attention" not in found and not re.search(r"`[^`]*\b(?:self_)?att(?:n|entions)?\b[^`]*`", found)
 
 
 @pytest.mark.parametrize("name", NAMES)

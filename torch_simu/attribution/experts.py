@@ -62,17 +62,22 @@ def check_linear(model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module])
         layers: Name -> module.
 
     Raises:
-        ValueError: If the output of experts is not linear in their neurons.
+        ValueError: If the output of experts is not linear in their neurons, or they are called with names.
     """
     experts = {name: module for name, module in layers.items() if is_fused_experts(module)}
     if not experts:
         return
     errors: dict[str, float] = {}
 
-    def compare(module: nn.Module, args: tuple[object, ...], output: Tensor, name: str) -> None:
+    def compare(
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor, name: str
+    ) -> None:
         if name in errors:
             # A call of `with_neurons_times`.
             return
+        if kwargs:
+            wrong = f"Experts {name!r} are called with {list(kwargs)} by name"
+            raise ValueError(problem(wrong, "arguments by position", "Leave the layer out."))
         errors[name] = 0.0
         rest, half = (with_neurons_times(factor, module, args).double() for factor in (0.0, 0.5))
         whole = output.double() - rest
@@ -81,7 +86,7 @@ def check_linear(model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module])
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in experts.items():
-            stack.callback(module.register_forward_hook(partial(compare, name=name)).remove)
+            stack.callback(module.register_forward_hook(partial(compare, name=name), with_kwargs=True).remove)
         model(input_ids=ids, use_cache=False)
     for name, error in errors.items():
         if error > (_TOLERANCE if neuron_weight(experts[name]).dtype.itemsize >= 4 else _LOW_PRECISION_TOLERANCE):

@@ -126,13 +126,17 @@ class Site:
 
     def _checked(self, found: object) -> Tensor:
         self._calls += 1
-        wanted = self.streams * self.tokens
-        if self._calls > 1 or not isinstance(found, Tensor) or found[..., 0].numel() != wanted:
+        if self._calls > 1 or not isinstance(found, Tensor) or not self._holds(found):
             shape = tuple(found.shape) if isinstance(found, Tensor) else "no tensor"
             wrong = f"Call {self._calls} of layer {self.name!r} in one pass has input shape {shape}"
             advice = "Leave the layer out."
             raise ValueError(problem(wrong, f"one call with {self.streams} x {self.tokens} tokens", advice))
         return found
+
+    def _holds(self, found: Tensor) -> bool:
+        """Whether it holds the tokens of each stream; XLNet puts tokens first."""
+        rows = found.dim() < 3 or len(found) == self.streams
+        return rows and found[..., 0].numel() == self.streams * self.tokens
 
     def _replaced(self, whole: Tensor) -> Tensor:
         self._part = self.pick(whole).detach()

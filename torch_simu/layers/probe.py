@@ -2,118 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu.layers.kinds import d_model, has_neurons, is_fused_experts, is_neuron_layer
-
-_LENGTH = 8
-_MOVED = 1e-6
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """What a child of a block was called with, and the layers inside it in the order of their calls."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    layers: list[str] = field(default_factory=list)
+from torch_simu.layers.replay import NUM_TOKENS, Call, is_hidden, mixes, untold
 
 
 def probed_projections(model: nn.Module) -> tuple[set[str], set[str]]:
     """Return the names of the down projections and of the attention projections, found by one short forward pass.
 
-    Each child of a block is called again with its first token changed. Where later tokens move, its linear layers are
+    Each part of a block is called again with its first token changed. Where later tokens move, its linear layers are
     attention projections, unless it mixes by a convolution or a recurrence; where none does, the last one that is
-    called is a down projection (or the fused experts are). A child that holds such a child beside others is a block
-    itself, as one that several layers share.
+    called is a down projection, if what it gets is a nonlinear function of the part's input, and so are fused experts.
+    A part that holds such a part beside others is a block itself, as one that several layers share. In a mixture of
+    experts that holds for each MLP inside it.
 
     Args:
-        model: A causal language model whose blocks are in a `ModuleList`.
+        model: A causal language model whose blocks, or the parts of its blocks, are in a `ModuleList`.
 
     Raises:
-        ValueError: If the model has no such blocks, or cannot be run on token ids.
+        ValueError: If the model has no such blocks, cannot be run on token ids, or a part is not known by its behavior.
     """
     blocks = _blocks(model)
     names = {module: name for name, module in model.named_modules()}
-    groups = [_children(block) for block in blocks]
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
         with torch.no_grad():
-            inner = [part for group in groups for child in group for part in _children(child)]
-            calls = _recorded(model, [child for group in groups for child in group] + inner, names)
+            parts = [part for _, group in blocks for part in group]
+            inner = [part for each in parts for part in _children(each)]
+            calls = _recorded(model, [*(block for block, _ in blocks), *parts, *inner], names)
             down: set[str] = set()
             attention: set[str] = set()
-            for group in groups:
+            for block, group in blocks:
                 token_wise = []
-                for child in _flat(group, calls):
-                    if not _mixes(child, calls[child]):
-                        token_wise.append(calls[child].layers)
-                    elif _attends(model, child, calls[child]):
-                        attention.update(calls[child].layers)
-                down |= _down(model, token_wise)
+                for part in _flat(group, calls):
+                    if not mixes(part, calls[part]):
+                        token_wise.append(part)
+                    elif _attends(model, part, calls[part]):
+                        attention.update(calls[part].layers)
+                down |= _down(model, block, token_wise, calls)
     finally:
         for module in training:
             module.training = True
     return down, attention
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
+def _blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """The blocks and their parts; of a model that lists its parts kind by kind, the model and those at one place."""
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists: dict[str, list[nn.ModuleList]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and "expert" not in name:
-            return module
+            inside = any(module is each for each in chain(*map(nn.Module.modules, chain(*lists.values()))))
+            if not inside and any(map(has_neurons, module.modules())):
+                lists.setdefault(name.rpartition(".")[0], []).append(module)
+    blocks: list[tuple[nn.Module, list[nn.Module]]] = []
+    for parent, found in lists.items():
+        if len(found) == 1:
+            blocks += [(block, _children(block)) for block in found[0]]
+        else:
+            blocks += [(model.get_submodule(parent), [*map(_unwrapped, parts)]) for parts in zip(*found, strict=True)]
+    if blocks:
+        return blocks
     wrong = f"No ModuleList of {type(model).__name__} has as many modules as its num_hidden_layers, {count}"
     raise ValueError(problem(wrong, "the blocks of the model", "Name the layers with a pattern."))
 
 
 def _children(block: nn.Module) -> list[nn.Module]:
-    """The parts of a block that are called with hidden states; a part that only wraps another gives its place to it."""
-    found = []
-    for child in block.children():
-        inner = list(child.children())
-        found.append(child if len(inner) != 1 or is_neuron_layer(child) else inner[0])
-    return found
+    """The parts of a block that are called with hidden states."""
+    return [*map(_unwrapped, block.children())]
 
 
-def _flat(group: list[nn.Module], calls: dict[nn.Module, _Call]) -> list[nn.Module]:
-    """The children that hold layers, with those of a block that stands among them in its place."""
+def _unwrapped(part: nn.Module) -> nn.Module:
+    """The part itself; one that only wraps another gives its place to it."""
+    inner = list(part.children())
+    return part if len(inner) != 1 or is_neuron_layer(part) else inner[0]
+
+
+def _flat(group: list[nn.Module], calls: dict[nn.Module, Call]) -> list[nn.Module]:
+    """The parts that hold layers, with those of a block that stands among them in its place."""
     found = []
     for child in filter(lambda each: each in calls and calls[each].layers, group):
         parts = [part for part in _children(child) if part in calls and len(calls[part].layers) > 1]
-        nested = len(parts) > 1 and _mixes(child, calls[child]) and any(_mixes(part, calls[part]) for part in parts)
+        nested = len(parts) > 1 and mixes(child, calls[child]) and any(mixes(part, calls[part]) for part in parts)
         found += parts if nested else [child]
     return found
 
 
-def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, _Call]:
-    calls: dict[nn.Module, _Call] = {}
+def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, Call]:
+    calls: dict[nn.Module, Call] = {}
     inside: dict[nn.Module, list[nn.Module]] = {}
     for child in dict.fromkeys(children):
         for layer in filter(has_neurons, child.modules()):
             inside.setdefault(layer, []).append(child)
 
     def called(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(child, _Call(args, kwargs))
+        calls.setdefault(child, Call(args, kwargs))
 
     def layer_called(layer: nn.Module, *_: object) -> None:
         for child in filter(calls.__contains__, inside[layer]):
-            calls[child].layers.append(names[layer])
+            if names[layer] not in calls[child].layers:
+                calls[child].layers.append(names[layer])
 
     embeddings = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     size, device = (embeddings.num_embeddings, embeddings.weight.device) if embeddings else (0, torch.device("cpu"))
     if size < 2 or device.type == "meta":
         wrong = f"{type(model).__name__} has no token embeddings that it could be run with"
         raise ValueError(problem(wrong, "a model with its weights", "Name the layers with a pattern."))
-    ids = torch.randint(1, size, (1, _LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(1, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     with ExitStack() as stack:
         for child in dict.fromkeys(children):
             stack.callback(child.register_forward_pre_hook(called, with_kwargs=True).remove)
@@ -124,32 +128,7 @@ def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module
     return calls
 
 
-def _mixes(child: nn.Module, call: _Call) -> bool:
-    """Say whether later tokens of the output move with the first token of the input."""
-    kwargs = {key: None if "past" in key or "cache" in key else value for key, value in call.kwargs.items()}
-    kwargs = {key: False if key == "use_cache" else value for key, value in kwargs.items()}
-    clean = _output(child(*call.args, **kwargs))
-    changed = False
-
-    def moved(value: object) -> object:
-        nonlocal changed
-        if changed or not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
-            return value
-        if value.shape[-2] != _LENGTH:
-            return value
-        changed = True
-        draw = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1))
-        new = value.clone()
-        new[..., 0, :] += draw.to(new)
-        return new
-
-    args = tuple(map(moved, call.args))
-    after = _output(child(*args, **{key: moved(value) for key, value in kwargs.items()}))
-    tokens = clean.reshape(_LENGTH, -1)[1:].float(), after.reshape(_LENGTH, -1)[1:].float()
-    return bool((tokens[0] - tokens[1]).abs().max() > _MOVED * tokens[0].abs().max())
-
-
-def _attends(model: nn.Module, child: nn.Module, call: _Call) -> bool:
+def _attends(model: nn.Module, child: nn.Module, call: Call) -> bool:
     """Say whether a part that mixes positions is attention whose weights are all in its linear layers."""
     # Convolutions have parameters of three dimensions, and so have recurrences and projections fused by experts.
     if any(param.dim() > 2 for param in child.parameters()):
@@ -158,25 +137,52 @@ def _attends(model: nn.Module, child: nn.Module, call: _Call) -> bool:
     return not getattr(model, "_is_stateful", False) or any("mask" in key for key in call.kwargs)
 
 
-def _output(value: object) -> Tensor:
-    while not isinstance(value, Tensor):
-        assert isinstance(value, tuple | list)
-        value = value[0]
-    return value
-
-
-def _down(model: nn.Module, token_wise: list[list[str]]) -> set[str]:
-    """The last layer of each token-wise child that gives hidden states; without a container, the last of the block."""
-    if not token_wise:
-        return set()
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    gives: Callable[[str], bool] = lambda name: d_model(model.get_submodule(name)) == width  # noqa: E731
-    experts = {name for layers in token_wise for name in layers if is_fused_experts(model.get_submodule(name))}
+def _down(model: nn.Module, block: nn.Module, token_wise: list[nn.Module], calls: dict[nn.Module, Call]) -> set[str]:
+    """The down projection of each token-wise part; without a part that holds several layers, that of the block."""
     # Beside an MLP of several layers a lone one is glue, as behind a block that others share.
-    groups = [layers for layers in token_wise if len(layers) > 1]
-    found = set(experts)
-    for group in groups or [[name for layers in token_wise for name in layers]]:
-        dense = [name for name in group if name not in experts and gives(name)]
-        # A router or a gate of shared experts has one output, or one for each expert, and comes before.
-        found |= {*dense[-1:]}
+    found: set[str] = set()
+    parts = [part for part in token_wise if len(calls[part].layers) > 1]
+    for part in parts:
+        found |= _of_part(model, part, part, calls[part])
+    lone = [layer for part in token_wise for layer in calls[part].layers]
+    found |= {layer for layer in lone if is_fused_experts(model.get_submodule(layer))}
+    if not parts and (last := _last(model, lone)):
+        before = [model.get_submodule(layer) for layer in lone[: lone.index(last)]]
+        if before and block not in calls:
+            raise untold(block)
+        if before and is_hidden(model.get_submodule(last), block, calls[block], before):
+            found.add(last)
     return found
+
+
+def _of_part(model: nn.Module, inner: nn.Module, part: nn.Module, call: Call) -> set[str]:
+    """The down projections of a token-wise part, or of what is inside it where that holds several MLPs."""
+    held = {id(module) for module in inner.modules()}
+    layers = [layer for layer in call.layers if id(model.get_submodule(layer)) in held]
+    if not any(is_fused_experts(model.get_submodule(layer)) for layer in layers):
+        # Which experts are called depends on the tokens, and they are not told from what else they are beside.
+        if any(len(_layers(each)) > 1 and _gives(model, each) for each in _listed(inner)):
+            raise untold(part)
+        last = _last(model, layers)
+        return {last} if last and is_hidden(model.get_submodule(last), part, call) else set()
+    # Beside the routed experts: an MLP that every token passes. A lone layer is a router, a gate, or leads to them.
+    return {layer for each in inner.children() if len(_layers(each)) > 1 for layer in _of_part(model, each, part, call)}
+
+
+def _last(model: nn.Module, layers: list[str]) -> str | None:
+    """The last of some layers that gives hidden states, which routers and gates do not."""
+    return next((layer for layer in reversed(layers) if _gives(model, model.get_submodule(layer))), None)
+
+
+def _gives(model: nn.Module, part: nn.Module) -> bool:
+    """Whether a linear layer of a part, or the part itself, has the width of hidden states."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    return any(d_model(layer) == width for layer in _layers(part) if not is_fused_experts(layer))
+
+
+def _layers(part: nn.Module) -> list[nn.Module]:
+    return [*filter(has_neurons, part.modules())]
+
+
+def _listed(part: nn.Module) -> list[nn.Module]:
+    return [each for module in part.modules() if isinstance(module, nn.ModuleList) for each in module]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
 
 from torch import nn
@@ -146,6 +147,8 @@ def _known(model: nn.Module, which: int, what: str) -> set[str]:
     if not answers:
         wrong = f"The {what} of {type(model).__name__} (model type {model_type!r}) are not known"
         raise ValueError(problem(wrong, f"one of {', '.join(_FAMILIES)}, or a pattern", _candidates(model)))
+    if table is None and len(answers) == 2 and _completes(*answers.values()):
+        return answers.popitem()[1]
     (first, names), *others = answers.items()
     for other, theirs in others:
         if theirs != names:
@@ -166,6 +169,15 @@ def _planned(model: nn.Module) -> set[str]:
     modules = dict(model.named_modules())
     # A key with "norm" may be there for attention too, and holds no neurons.
     return {name for name in _matching(model, pattern) if has_neurons(modules[name])} if keys else set()
+
+
+def _completes(planned: set[str], ran: set[str]) -> bool:
+    """Say whether a run only adds to what the plan cuts, in the same parts of the blocks.
+
+    Plans leave layers uncut: shared experts beside routed ones or the other way round, and dense blocks among sparse.
+    """
+    part = partial(re.sub, r"^(.*?)\.\d+\.([^.]+)\..*$", r"\1.*.\2")
+    return planned <= ran and {part(name) for name in ran} == {part(name) for name in planned}
 
 
 def _matching(model: nn.Module, pattern: str) -> set[str]:
