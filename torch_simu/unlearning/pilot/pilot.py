@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,7 +218,12 @@ class _Pilot:
 
     def _probabilities(self, examples: Sequence[Example]) -> list[float]:
         size = self._given.eval_batch_size
-        return score_answers(self._model, examples, batch_size=size, pad_id=self._pad_id)["probability"]
+        found = score_answers(self._model, examples, batch_size=size, pad_id=self._pad_id)["probability"]
+        for row, value in zip(examples, found, strict=True):
+            if not math.isfinite(value):
+                wrong = f"The probability of row {row.place or row.input_ids} is {value}"
+                raise NonFiniteLossError(problem(wrong, "a finite number", "Lower lr, or load in bfloat16."))
+        return found
 
 
 def _failed(name: str, config: UnlearnConfig, watch: _Watch, error: Exception) -> Try:

@@ -10,6 +10,8 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.pilot.tries import TIE, Try, best_try
 from torch_simu.unlearning.pilot.words import AS_GIVEN, command_line
 
+_FEWEST, _LONG = 20, 90.0
+
 _ROOM = 2
 """Times the expected steps that the run may make."""
 
@@ -43,17 +45,17 @@ class Recommendation:
         config: Every choice of the run; its `max_steps` leave room for twice the expected steps.
         tries: All tries, in their order; `best_try` of them is the one that speaks for `config`.
         sizes: Of the sets, and of the pilot's part.
-        expected_steps: Steps on all rows, about.
+        expected_steps: Steps on all rows, about; None where no try reached the target.
         expected_minutes: Minutes of these steps with their attribution, about; a command loads, evaluates and saves
-            beside them.
+            beside them. None likewise.
         reason: Why, in sentences.
     """
 
     config: UnlearnConfig
     tries: tuple[Try, ...]
     sizes: Sizes
-    expected_steps: int
-    expected_minutes: float
+    expected_steps: int | None
+    expected_minutes: float | None
     reason: str
 
     @property
@@ -117,45 +119,51 @@ def recommended(given: UnlearnConfig, tries: Sequence[Try], sizes: Sizes, *, com
     """
     best = best_try(tries)
     steps, seconds = expected(best, sizes)
-    room = max(20, 10 * math.ceil(_ROOM * steps / 10))
-    # Where the target was not reached, the steps that it needs are not known.
-    most = room if best.reached else max(given.max_steps, room)
-    config = best.config.updated(max_steps=most)
-    return Recommendation(config, tuple(tries), sizes, steps, seconds / 60.0, _reason(best, tries, sizes, complete))
-
-
-def _reason(best: Try, tries: Sequence[Try], sizes: Sizes, complete: bool) -> str:
-    target = best.config.forget_target
-    said = []
+    room = 10 * math.ceil(max(_FEWEST, _ROOM * steps) / 10)
+    said = [_first(best, sizes), _second(best, tries) if best.reached else ""]
     if best.reached:
-        first = f"{_named(best)} reaches a mean forget probability of {best.probability:.3f} (target {target})"
-        said.append(f"{first} in {best.steps} steps and keeps {best.kept:.1%} of {_rows(sizes)}.")
-        more = [each for each in tries if each.reached and each.kept > best.kept]
-        others = [each for each in tries if each.reached and each is not best]
-        if more:
-            said.append(f"What keeps up to {TIE:.0%} more takes longer.")
-        if others and not more:
-            second = max(others, key=lambda each: each.kept)
-            said.append(f"Next is {_named(second)}, which keeps {second.kept:.1%} in {second.seconds:.0f} s.")
-    else:
-        said.append(
-            f"No try reached the target of {target}: {_named(best)} came nearest, from {sizes.start:.3f} to "
-            f"{best.probability:.3f} in {best.steps} steps. Give the pilot more minutes."
-        )
+        said.append(f"On all {sizes.forget} forget rows expect about {steps} steps and {_time(seconds)}.")
     if not complete:
         said.append("The time was over before all was tried.")
     if sizes.pilot_forget < sizes.forget:
-        said.append(
-            f"Tried on {sizes.pilot_forget} of {sizes.forget} forget rows: more rows cost more of what is kept."
-        )
-    return " ".join(said)
+        said.append(f"It was tried on {sizes.pilot_forget} of them; more rows cost more of what is kept.")
+    reason = " ".join(filter(None, said))
+    if not best.reached:
+        # The steps that it needs are not known.
+        config = best.config.updated(max_steps=max(given.max_steps, room))
+        return Recommendation(config, tuple(tries), sizes, None, None, reason)
+    return Recommendation(best.config.updated(max_steps=room), tuple(tries), sizes, steps, seconds / 60.0, reason)
+
+
+def _first(best: Try, sizes: Sizes) -> str:
+    target = best.config.forget_target
+    if best.reached:
+        goal = f"a mean forget probability of {best.probability:.3f} (target {target})"
+        held = f"{sizes.held_out} retain row{'' if sizes.held_out == 1 else 's'} that it did not train on"
+        name = _named(best)
+        kept = f"keeps {best.kept:.1%} of the probability of {held}"
+        return f"{name[0].upper()}{name[1:]} reaches {goal} in {best.steps} steps and {kept}."
+    return (
+        f"No try reached the target of {target}: {_named(best)} came nearest, from {sizes.start:.3f} to "
+        f"{best.probability:.3f} in {best.steps} steps. Give the pilot more minutes."
+    )
+
+
+def _second(best: Try, tries: Sequence[Try]) -> str:
+    others = [each for each in tries if each.reached and each is not best]
+    if not others:
+        return ""
+    second = max(others, key=lambda each: each.kept)
+    beside = (
+        f"{_named(second)}, which keeps {second.kept:.1%} and took {second.seconds:.0f} s to its {best.seconds:.0f}"
+    )
+    # What is kept within a tie counts as the same.
+    return f"{'As much keeps' if second.kept >= best.kept - TIE else 'Next is'} {beside}."
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < _LONG else f"{seconds / 60:.1f} minutes"
 
 
 def _named(found: Try) -> str:
-    return "The configuration as given" if found.name == AS_GIVEN else f"{found.name}"
-
-
-def _rows(sizes: Sizes) -> str:
-    return (
-        f"the probability of {sizes.held_out} retain row{'' if sizes.held_out == 1 else 's'} that it did not train on"
-    )
+    return "the configuration as given" if found.name == AS_GIVEN else f"`{found.name}`"
