@@ -12,6 +12,7 @@ from statistics import mean, median, stdev
 
 from scipy import stats
 
+from benchmarks.forgetting.recommended import recommended
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
 
@@ -280,6 +281,7 @@ TABLES = {
     "reliability": reliability,
     "lasting_demo": lambda: lasting("demo"),
     "lasting_tofu": lambda: lasting("tofu"),
+    "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 
