@@ -32,6 +32,7 @@ from transformers import (
 
 from benchmarks.forgetting.cases import BATCH, Case
 from benchmarks.results import RESULTS, command, environment, write_result
+from torch_simu.attribution.completeness import IncompleteError
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
@@ -88,9 +89,12 @@ def case_of(name: str) -> Case:
 
 
 def run(case: Case, config: UnlearnConfig) -> Row:
-    """What a copy of the model that forgot the whole set has kept, and how it went."""
+    """What a copy of the model that forgot the whole set has kept, and how it went; or why it does not begin."""
     model = copy.deepcopy(case.model)
-    done = unlearn(model, case.sets["forget"], case.sets["retain"], config=config)
+    try:
+        done = unlearn(model, case.sets["forget"], case.sets["retain"], config=config)
+    except IncompleteError as error:
+        return {"reached": False, "refused": str(error)}
     found = {name: score_answers(model, rows, batch_size=BATCH)["probability"] for name, rows in case.sets.items()}
     kept = {name: kept_share(found[name], case.known[name]) for name in ("retain", "world")}
     probability = sum(found["forget"]) / len(found["forget"])
@@ -114,27 +118,40 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0, help="of each pilot")
     parser.add_argument("--most-steps", type=int, default=500, help="of a run of the grid")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recommending_cpu_202611.json", help="result file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "recommending_cpu_202611.json",
+        help="result file; what it holds is not run again",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    pilots: dict[str, list[Row]] = {}
+    held = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "pilots": {}}
+    rows: list[Row] = held["rows"]
+    pilots: dict[str, list[Row]] = held["pilots"]
     given = one_batch_size(UnlearnConfig())
     for name in MODELS:
+        if sum(row["model"] == name for row in rows) == 1 + len(GRID):
+            continue
         case = case_of(name)
-        found = recommend(case.model, case.sets["forget"], case.sets["retain"], minutes=options.minutes, config=given)
-        pilots[name] = [shown(each) for each in found.tries]
-        runs = [("recommended", found.config)]
-        runs += [("grid", given.updated(max_steps=options.most_steps, **choices)) for choices in GRID]
+        runs = [("grid", given.updated(max_steps=options.most_steps, **choices)) for choices in GRID]
+        if name not in pilots:
+            sets = (case.sets["forget"], case.sets["retain"])
+            found = recommend(case.model, *sets, minutes=options.minutes, config=given)
+            pilots[name] = [shown(each) for each in found.tries]
+            runs.insert(0, ("recommended", found.config))
         for kind, config in runs:
-            row = {"model": name, "run": kind, "changes": as_changed(config, given), **run(case, config)}
+            changes = as_changed(config, given)
+            if any((row["model"], row["run"], row["changes"]) == (name, kind, changes) for row in rows):
+                continue
+            row = {"model": name, "run": kind, "changes": changes, **run(case, config)}
             if kind == "recommended":
                 row["expected"] = {"steps": found.expected_steps, "seconds": round(60 * found.expected_minutes, 1)}
             rows.append(row)
             sys.stderr.write(f"{json.dumps(row)}\n")
             write_result(
                 options.out,
-                force=len(rows) > 1,
+                force=True,
                 claim="recommending",
                 command=command(),
                 environment=environment(),
