@@ -13,6 +13,7 @@ from statistics import mean, median, stdev
 from scipy import stats
 
 from benchmarks import scale
+from benchmarks.forgetting.recommended import recommended
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
@@ -285,6 +286,7 @@ TABLES = {
     "scale_memory": scale.memory,
     "lasting_demo": lambda: lasting("demo"),
     "lasting_tofu": lambda: lasting("tofu"),
+    "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
 

@@ -54,6 +54,7 @@ APPLICATION_FLOORS = {
     "steps": 3,
     "driver": 4,
     "trainer": 4,
+    "pilot": 5,
     "demo": 5,
 }
 """A file or folder of `unlearning` -> its floor in there."""

@@ -100,6 +100,27 @@ def directions(rows: Sequence[Row]) -> Iterator[Part]:
     yield part(f"of what {diagonal} changed", share(method=diagonal, change="method"), "more than", 1 / 3)
 
 
+def recommending(rows: Sequence[Row]) -> Iterator[Part]:
+    """What the recommended run of each model keeps beside the best of its grid, each set for itself."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    yield part("models", len(models) or None, "at least", 3)
+    for model in models:
+        grid = [row for row in rows if row["model"] == model and row["run"] == "grid"]
+        yield part(f"runs of the grid on {model}", len(grid) or None, "at least", 20)
+        ours = [row for row in rows if row["model"] == model and row["run"] == "recommended"]
+        probability = ours[0]["forget"]["probability"] if ours else None
+        yield part(f"mean forget probability of the recommended run on {model}", probability, "at most", TARGET)
+        for name in SETS:
+            best = max((row[name]["kept"] for row in grid if row["reached"]), default=None)
+            bar = None if best is None else 0.95 * best
+            yield part(
+                f"kept of {name} on {model}, beside 95 % of the grid's best",
+                ours[0][name]["kept"] if ours else None,
+                "at least",
+                bar,
+            )
+
+
 def robustness(rows: Sequence[Row]) -> Iterator[Part]:
     """Mean extraction strength (ES) after rounding and after the most steps of relearning, method by method."""
     last = max((row.get("relearn_steps", 0) for row in rows), default=0)

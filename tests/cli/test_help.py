@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import torch_simu
-from tests.cli.test_console_blocks import TARGET_MISSED, made, place  # noqa: F401 (fixtures)
+from tests.cli.test_console_blocks import TARGET_MISSED, made, place, quick  # noqa: F401 (fixtures)
 from torch_simu.cli.app import app, main
 from torch_simu.cli.commands import jobs as commands
 from torch_simu.unlearning.config import UnlearnConfig
@@ -91,7 +91,7 @@ def test_the_examples_run_one_after_the_other(place, capsys):  # noqa: F811
     found = [tuple(words) for path in PATHS for words in examples_of(page(capsys, *path, "-h"))]
     # The demo trains for minutes; what it does has tests of its own.
     for words in dict.fromkeys(words for words in found if words[1] != "demo"):
-        assert call(*words[1:]) in (0, TARGET_MISSED), (words, capsys.readouterr().err)
+        assert call(*quick(words[1:])) in (0, TARGET_MISSED), (words, capsys.readouterr().err)
     assert {"OUT_DIR", "OUT_8BIT", "SCORES_DIR", "REVERTED_DIR", "audit.json"} <= set(os.listdir())
 
 

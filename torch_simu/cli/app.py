@@ -22,6 +22,7 @@ from torch_simu.cli.commands.attack import attack
 from torch_simu.cli.commands.help import examples, show_help
 from torch_simu.cli.commands.jobs import attribute, demo, evaluate, unlearn
 from torch_simu.cli.commands.patch import app as patch_app
+from torch_simu.cli.commands.recommend import recommend
 from torch_simu.cli.console import plain, quiet_casts, say
 from torch_simu.cli.interrupts import Interrupt, how_to_go_on, interruptible
 
@@ -77,6 +78,12 @@ def _application() -> typer.Typer:
         ),
     )(_about)
     found.command(epilog=examples("torch-simu demo", "torch-simu demo --seed 1 --out simu-demo-1"))(demo)
+    found.command(
+        epilog=examples(
+            f"torch-simu recommend --model MODEL_DIR {_SETS} --minutes 10",
+            f"torch-simu recommend --model MODEL_DIR {_SETS} --minutes 5 --load-in 8bit --forget-target 0.05",
+        )
+    )(recommend)
     found.command(
         epilog=examples(
             f"torch-simu unlearn --model MODEL_DIR {_SETS} --out OUT_DIR",

@@ -13,12 +13,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from torch_simu.unlearning.attack.result import AttackResult
+from torch_simu.unlearning.pilot.recommendation import Recommendation
 from torch_simu.unlearning.progress import Progress as ProgressCallback
 from torch_simu.unlearning.report.page import plain as plain
 from torch_simu.unlearning.report.report import RELEARN, Report
 
 _WIDTH = 80
 _NAME = 20
+_TRY = 34
 _MEASURED = "EM   ES   prob"
 _COSTS: Mapping[str, str] = MappingProxyType({"changed": "weights\nchanged", "state": "state", "seconds": "s"})
 """Column of `Report.costs` -> its title."""
@@ -123,6 +125,25 @@ def show_attacks(console: Console, title: str, models: Mapping[str, Mapping[str,
             cells += ["skipped" if each is None else _pair(each) for each in (before, after)]
         table.add_row(Text(plain(attack)), *cells)
     console.print(table)
+
+
+def show_tries(console: Console, found: Recommendation) -> None:
+    """Print what each try of a pilot came to, a line each, the best marked; and what the run will take."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=Text("torch-simu recommend"))
+    table.add_column("")
+    table.add_column("try", max_width=_TRY, overflow="fold", vertical="bottom")
+    for name in ("forget\nprob", "kept", "steps", "s"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    table.add_column("", max_width=_NAME, overflow="fold", vertical="bottom")
+    for each in found.tries:
+        figures = ["", ""] if each.failed else [_four(each.probability), f"{each.kept:.1%}"]
+        note = "the best" if each is found.best else ("failed" if each.failed else each.note)
+        mark = "*" if each is found.best else ""
+        table.add_row(mark, Text(plain(each.name)), *figures, str(each.steps), f"{each.seconds:.0f}", note)
+    console.print(table)
+    for each in found.tries:
+        if each.failed:
+            say(console, f"{each.name} failed: {each.note}", style="dim")
 
 
 def _pair(measures: Mapping[str, float]) -> str:
