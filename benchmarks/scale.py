@@ -1,6 +1,6 @@
 """What attribution, steps, deltas and files take at a size, by formulas that a test checks at small sizes.
 
-Usage: python -m benchmarks.tables, tables scale_models and scale_memory
+Usage: python -m benchmarks.pages tables
 """
 
 from __future__ import annotations

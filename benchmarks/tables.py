@@ -1,12 +1,8 @@
-"""Print result files as the Markdown tables of README and docs, so that prose and files agree.
-
-Usage: python -m benchmarks.tables
-"""
+"""Result files as the Markdown tables of the pages, so that prose and files agree; `benchmarks.pages` writes them."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from statistics import mean, median, stdev
 
@@ -289,12 +285,3 @@ TABLES = {
     "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""
-
-
-def main() -> None:
-    for name, table in TABLES.items():
-        sys.stdout.write(f"<!-- table: {name} -->\n\n" + "\n".join(table()) + "\n\n")
-
-
-if __name__ == "__main__":
-    main()

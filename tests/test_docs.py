@@ -133,4 +133,4 @@ TABLE = re.compile(r"<!-- table: (\w+) -->\n\n((?:\|.*\n)*)")
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_tables_are_those_of_the_result_files(page: Path) -> None:
     for name, shown in TABLE.findall(page.read_text()):
-        assert shown.strip().splitlines() == list(TABLES[name]()), f"run python -m benchmarks.tables, table {name}"
+        assert shown.strip().splitlines() == list(TABLES[name]()), f"run python -m benchmarks.pages tables: {name}"
