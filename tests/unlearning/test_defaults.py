@@ -53,8 +53,8 @@ def test_whatever_takes_an_option_has_the_same_default(option: str) -> None:
     assert len(set(found.values())) == 1, found
 
 
-def test_the_attribution_of_a_run_takes_half_the_steps_of_attribute_neurons() -> None:
-    assert 2 * UnlearnConfig().attribution_steps == defaults(attribute_neurons)["steps"]
+def test_the_attribution_of_a_run_has_the_steps_of_attribute_neurons() -> None:
+    assert UnlearnConfig().attribution_steps == defaults(attribute_neurons)["steps"]
     assert UnlearnConfig().attribution_method == defaults(attribute_neurons)["method"]
 
 

@@ -101,7 +101,7 @@ class UnlearnConfig:
         attention: Whether attention projections train too: "frozen", or "full" as in the paper.
         layers: Regular expression for the down projections; None: known from the model type.
         attribution_method: As `method` of `attribute_neurons`.
-        attribution_steps: Path points of the attribution, Gauss and Legendre's.
+        attribution_steps: Path steps of the attribution.
         max_completeness_error: As in `attribute_neurons`: scores of a layer that miss a larger share are refused.
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
         curvature: "gnb" (Sophia's diagonal on retain batches), or covariances on the forget batches: "neurons", "both".
@@ -149,7 +149,7 @@ class UnlearnConfig:
     attention: Literal["frozen", "full"] = "frozen"
     layers: str | None = None
     attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
-    attribution_steps: int = 5
+    attribution_steps: int = 10
     max_completeness_error: float | None = 0.2
     attribution_rows: int = 400
     curvature: Curvature = None  # type: ignore[assignment]

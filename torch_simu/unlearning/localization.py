@@ -51,8 +51,6 @@ def choose_neurons(
             model,
             batches_in_order(examples, 32, pad_id),
             select=config.layers,
-            # Half the points of the usual rule miss less of the integral.
-            rule="gauss",
             steps=config.attribution_steps,
             method=config.attribution_method,
             resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
