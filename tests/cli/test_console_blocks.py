@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.language import ROWS, memorizing_model, word_tokenizer
+from tests.language import ROWS, memorizing_model, tiny_model, word_tokenizer
 from tests.rules.sources import ROOT
 from torch_simu.cli.app import main
 from torch_simu.unlearning.steps import Stepper
@@ -42,11 +42,13 @@ def quick(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that knows all rows, under the names that the pages use."""
+    """A folder with a model that knows all rows and one that knows none, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("made")
     tokenizer = word_tokenizer()
     memorizing_model(tokenizer).save_pretrained(folder / "MODEL_DIR")
-    tokenizer.save_pretrained(folder / "MODEL_DIR")
+    tiny_model(tokenizer).save_pretrained(folder / "NEVER_SAW_DIR")
+    for name in ("MODEL_DIR", "NEVER_SAW_DIR"):
+        tokenizer.save_pretrained(folder / name)
     for name, rows in (("forget", ROWS[:2]), ("retain", ROWS[2:])):
         text = "".join(json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
@@ -73,7 +75,7 @@ def test_the_console_blocks_of_a_page_run_one_after_the_other(page, place):
             assert all((ROOT / word.partition("=")[2]).exists() for word in words[2:]), words
         elif words[:2] == ["pip", "install"]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            named = re.fullmatch(r"torch-simu(?:\[([\w,]+)\])?", words[2])
+            named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[2])
             assert named and set((named[1] or "cli").split(",")) <= extras.keys(), words
         else:
             assert words[:2] == ["python", "-m"], words
