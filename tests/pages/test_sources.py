@@ -42,7 +42,7 @@ def test_the_page_of_the_command_line_has_every_command_and_every_option_with_it
                 assert f"Default: `{str(param.default).strip('()')}`." in told
         return 1 + sum(look(inner, (*path, name)) for name, inner in getattr(command, "commands", {}).items())
 
-    assert look(typer.main.get_command(app), ("torch-simu",)) == 12
+    assert look(typer.main.get_command(app), ("torch-simu",)) == 13
 
 
 @pytest.mark.parametrize("page", SOURCES, ids=named)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ def test_what_was_there_comes_back_also_behind_an_exception() -> None:
 @pytest.mark.parametrize("kind", ["float", "8bit", "4bit"])
 def test_they_bring_back_more_than_was_there_and_the_model_stays(kind: str) -> None:
     base, examples = _memorized()
-    model = base
+    model = copy.deepcopy(base)
     if kind != "float":
         pytest.importorskip("bitsandbytes")
         from tests.quantized import quantized

@@ -43,7 +43,11 @@ def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw and save in this style within the block; other plots of the process are left alone."""
+    """Draw and save in this style within the block; other plots of the process are left alone.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
     try:
         from matplotlib import rc_context
     except ImportError as error:
