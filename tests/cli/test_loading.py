@@ -71,8 +71,11 @@ def test_a_wrong_number_of_layers_is_refused(copied, layers):
 
 
 def test_masks_and_tables_of_older_versions_are_no_weights(copied):
+    plain, _ = load_model(str(copied), device="cpu")
     rewrite(copied, beside("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"))
-    load_model(str(copied), device="cpu")
+    loaded, _ = load_model(str(copied), device="cpu")
+    assert plain.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
 def test_a_refused_checkpoint_ends_every_command_and_leaves_nothing(copied, files, tmp_path, capsys):  # noqa: F811

@@ -11,7 +11,6 @@ from torch import nn
 from tests.models import tiny
 from tests.unlearning.test_driver import _memorized
 from torch_simu import NeuronSelection, attach_deltas
-from torch_simu.unlearning.attack import attack as module
 from torch_simu.unlearning.attack import low_rank as matrices
 from torch_simu.unlearning.attack.attack import attack_model
 from torch_simu.unlearning.attack.config import AttackConfig
@@ -73,8 +72,7 @@ def test_they_bring_back_more_than_was_there_and_the_model_stays(kind: str) -> N
 
 
 def test_without_peft_it_is_skipped_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in (module, matrices):
-        monkeypatch.setattr(each, "has_peft", lambda: False)
+    monkeypatch.setattr(matrices, "has_peft", lambda: False)
     model, examples = _memorized()
     quick = AttackConfig(rates=(1e-3,), steps=1)
     assert attack_model(model, examples["forget"], config=quick)[NAME].skipped == "peft is not installed"

@@ -8,10 +8,9 @@ from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
-from torch_simu._checks import problem
 from torch_simu.unlearning.attack.config import AttackConfig, chosen_attacks
 from torch_simu.unlearning.attack.copies import ModelCopy
-from torch_simu.unlearning.attack.low_rank import has_peft, why_not
+from torch_simu.unlearning.attack.low_rank import check_peft, why_not
 from torch_simu.unlearning.attack.result import AttackPoint, AttackResult, measure_scored
 from torch_simu.unlearning.attack.rounding import rounded_to_4_bits, rounded_to_8_bits
 from torch_simu.unlearning.attack.rows import check_unscored, split_rows, with_shots
@@ -68,8 +67,8 @@ def attack_model(
     attacker, scored = split_rows(forget, every=config.attacker_every)
     learned = {"relearn": attacker, _LOW_RANK: attacker}
     taught = {**learned, "fine_tune": list(retain), "fine_tune_text": list(text)}
-    if attacks is not None and _LOW_RANK in names and not has_peft():
-        raise ImportError(problem("peft is not installed", f"it for {_LOW_RANK}", "Run: pip install peft"))
+    if attacks is not None and _LOW_RANK in names:
+        check_peft()
     for name in names:
         check_unscored(taught.get(name, []), scored)
     for rows in (scored, *taught.values()):

@@ -17,12 +17,20 @@ from torch_simu._checks import problem
 RATE_RATIO = 10.0
 """LoRA learns best at about ten times the rate of all weights (Schulman et al. 2025, "LoRA without regret")."""
 
-ADAPTS = "all-linear"
-
 
 def has_peft() -> bool:
     """Say whether PEFT, which makes the matrices, is installed."""
     return importlib.util.find_spec("peft") is not None
+
+
+def check_peft() -> None:
+    """Raise where PEFT is not installed.
+
+    Raises:
+        ImportError: If it is not.
+    """
+    if not has_peft():
+        raise ImportError(problem("peft is not installed", "it for LoRA", "Run: pip install peft"))
 
 
 def why_not(model: PreTrainedModel) -> str:
@@ -51,12 +59,11 @@ def low_rank(model: PreTrainedModel, *, rank: int, seed: int) -> Iterator[list[n
     Raises:
         ImportError: If PEFT is not installed.
     """
-    if not has_peft():
-        raise ImportError(problem("peft is not installed", "it for LoRA", "Run: pip install peft"))
+    check_peft()
     from peft import LoraConfig, get_peft_model
 
     flags = [(param, param.requires_grad) for param in model.parameters()]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=ADAPTS)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Of what it will do when it saves, which is never.
         warnings.simplefilter("ignore")
