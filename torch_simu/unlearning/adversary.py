@@ -1,9 +1,10 @@
-"""Adversary: a copy of the trained weights that relearns the forget set, at which the forget gradient is taken."""
+"""Adversary: a copy of weights that relearns the forget set, at which the forget gradient is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,30 @@ _LARGEST_NORM = 1.0
 
 
 class Adversary:
-    """A copy of what an optimizer trains, which takes AdamW steps on the forget set and starts anew every few steps.
+    """A copy of weights, which takes AdamW steps on the forget set and starts anew every few steps.
 
     What is forgotten at the weights of a model that was taught again is not brought back by that lesson: the inner
-    loop of tamper-resistant training (Tamirisa et al. 2024, arXiv 2408.00761; MUDMAN, arXiv 2506.12484). No second
-    model is held: the copy is of the trained entries only, with the two moments of AdamW.
+    loop of tamper-resistant training (Tamirisa et al. 2024, arXiv 2408.00761; MUDMAN, arXiv 2506.12484). Without a
+    `model` no second one is held: the copy is of the trained entries only, with the two moments of AdamW. With one all
+    its weights relearn, as those of an attacker do: what comes back is less then, for the memory of four models.
 
     Args:
         optimizer: The optimizer whose trained entries are copied; of a `SIMUOptimizer` the selected ones.
         lr: Learning rate of the copy.
         interval: Steps after which it starts anew.
+        model: Whose floating-point parameters are copied instead.
 
     Raises:
         ValueError: If `lr` or `interval` is not positive.
     """
 
-    def __init__(self, optimizer: Optimizer, *, lr: float, interval: int = 20) -> None:
+    def __init__(self, optimizer: Optimizer, *, lr: float, interval: int = 20, model: nn.Module | None = None) -> None:
         self._lr, self._interval = check_number("lr", lr, low_open=True), check_count("interval", interval)
-        self._groups = [
-            {"neurons": [None] * len(group["params"]), "neuron_dim": -1, **group} for group in optimizer.param_groups
-        ]
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        if model is not None:
+            groups = [{"params": [param for param in model.parameters() if param.is_floating_point()]}]
+        self._groups = [{"neurons": [None] * len(group["params"]), "neuron_dim": -1, **group} for group in groups]
+        self._everywhere = model is not None
         self._selected = Selected()
         self._values: dict[Tensor, nn.Parameter] = {}
         self._steps = self._make_steps()
@@ -53,7 +58,7 @@ class Adversary:
                 for entry in self._entries()
             }
             self._steps = self._make_steps()
-        with self.in_place():
+        with self.in_place(), self._differentiated():
             loss().backward()
             for entry in entries_of(self._groups, range(len(self._groups)), self._selected):
                 self._values[entry.param].grad = entry.grad
@@ -76,6 +81,19 @@ class Adversary:
             with torch.no_grad():
                 for entry, value in zip(entries, own, strict=True):
                     entry.write(value)
+
+    @contextmanager
+    def _differentiated(self) -> Iterator[None]:
+        """Let all that relearns require a gradient inside the block."""
+        params = [param for group in self._groups for param in group["params"]] if self._everywhere else []
+        flags = [param.requires_grad for param in params]
+        try:
+            for param in params:
+                param.requires_grad_(True)
+            yield
+        finally:
+            for param, flag in zip(params, flags, strict=True):
+                param.requires_grad_(flag)
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a resumed run needs, as tensors."""
@@ -109,6 +127,6 @@ class Adversary:
             param: param.detach()
             for group in self._groups
             for param, neurons in zip(group["params"], group["neurons"], strict=True)
-            if param.requires_grad and (neurons is None or neurons)
+            if (self._everywhere or param.requires_grad) and (neurons is None or neurons)
         }
         return list(entries_of(self._groups, range(len(self._groups)), self._selected, values))

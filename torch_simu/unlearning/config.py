@@ -90,8 +90,10 @@ class UnlearnConfig:
         retain_term: "nll" for the objective's own, or "kl" for the divergence from the model before the first step on
             retain rows.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
-        adversary_lr: Learning rate of a copy of the trained weights that relearns the forget set while it is forgotten;
-            the forget gradient is taken there then. None: there is no adversary. See `Adversary`.
+        adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten; the forget
+            gradient is taken there then. None: there is no adversary. See `Adversary`.
+        adversary_scope: Which weights that copy is of: "trained", or "all", which lasts longer and takes the memory of
+            more models.
         adversary_interval: Steps after which that copy starts anew.
         rule: How critical neurons are chosen: "contrast" (forget score against retain score), "top" (largest forget
             scores), both up to `fraction`; or "threshold" (the paper's rule, share of the layer's largest score).
@@ -141,6 +143,7 @@ class UnlearnConfig:
     retain_term: Literal["nll", "kl"] = "nll"
     balance: bool = None  # type: ignore[assignment]
     adversary_lr: float | None = None
+    adversary_scope: Literal["trained", "all"] = "trained"
     adversary_interval: int = 20
     rule: Rule = "contrast"
     fraction: float = None  # type: ignore[assignment]
@@ -183,6 +186,7 @@ class UnlearnConfig:
         check_choice("rule", self.rule, RULES)
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("attention", self.attention, ("frozen", "full"))
+        check_choice("adversary_scope", self.adversary_scope, ("trained", "all"))
         check_number("fraction", self.fraction, high=1.0, low_open=True)
         check_number("threshold", self.threshold, high=1.0, low_open=True, high_open=True)
         for name in ("retain_weight", "lr", "rho", "weight_decay"):

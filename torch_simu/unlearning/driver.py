@@ -134,7 +134,12 @@ def unlearn(
                 )
             adversary = None
             if config.adversary_lr is not None:
-                adversary = Adversary(optimizer, lr=config.adversary_lr, interval=config.adversary_interval)
+                adversary = Adversary(
+                    optimizer,
+                    lr=config.adversary_lr,
+                    interval=config.adversary_interval,
+                    model=model if config.adversary_scope == "all" else None,
+                )
             start = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
             log = [] if saved is None else saved.load(params, optimizer, adversary)
             stream = StepBatches(forget, retain, config, pad_id, model.device)

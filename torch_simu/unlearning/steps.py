@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -156,11 +156,6 @@ class Stepper:
         if self.adversary is not None:
             following = self.stream.batch("forget", number + 1)
             self.adversary.relearn(number, lambda: mean_answer_nll(model, following))
-            if due:
-                # The covariance is that of the model itself.
-                with self._recorded(True):
-                    mean_answer_nll(model, forget).backward()
-                optimizer.zero_grad()
         terms = self.objective.terms(model, forget, self.stream.batch("retain", number))
         found = differentiate(terms, balance=self.balance, at=partial(self._forgetting, due))
         losses = {name: (weight, loss.item()) for name, (weight, loss) in found.items()}
@@ -186,8 +181,9 @@ class Stepper:
 
     @contextmanager
     def _forgetting(self, due: bool) -> Iterator[None]:
-        """Make and differentiate the forget term in here: at the adversary, or seen by the hooks."""
-        with self.adversary.in_place() if self.adversary is not None else self._recorded(due):
+        """Make and differentiate the forget term in here: at the adversary, and seen by the hooks."""
+        # With an adversary the covariance is that of the model which was taught again, where its gradients lie.
+        with self.adversary.in_place() if self.adversary is not None else nullcontext(), self._recorded(due):
             yield
 
     @contextmanager

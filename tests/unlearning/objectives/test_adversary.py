@@ -55,6 +55,27 @@ def test_its_steps_are_those_of_adamw_on_a_copy_that_starts_anew() -> None:
             param += 1
 
 
+def test_with_a_model_all_its_weights_relearn_and_what_requires_a_gradient_stays_so() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    model.requires_grad_(False)
+    model[1].weight.requires_grad_(True)
+    before, twin = copy.deepcopy(model.state_dict()), copy.deepcopy(model).requires_grad_(True)
+    adversary = Adversary(torch.optim.SGD([model[1].weight], lr=1.0), lr=0.1, interval=9, model=model)
+    adam = torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.0)
+    for number in range(3):
+        twin(torch.ones(2, 3)).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        adversary.relearn(number, lambda: model(torch.ones(2, 3)).square().sum())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [name for name, param in model.named_parameters() if param.requires_grad] == ["1.weight"]
+    assert all(param.grad is None for param in model.parameters())
+    with adversary.in_place():
+        for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(param, expected)
+
+
 def test_a_saved_adversary_goes_on_to_the_same_bits() -> None:
     whole, resumed = (nn.Parameter(torch.tensor([3.0, -2.0])) for _ in range(2))
     first, second = (Adversary(torch.optim.SGD([each], lr=1.0), lr=0.1, interval=9) for each in (whole, resumed))
@@ -74,12 +95,11 @@ def test_numbers_that_are_not_positive_are_refused(options) -> None:
         Adversary(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
 
 
-@pytest.mark.parametrize("curvature", ["neurons", "both"])
-def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, tmp_path) -> None:
+@pytest.mark.parametrize(("curvature", "scope"), [("neurons", "trained"), ("both", "trained"), ("both", "all")])
+def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, scope, tmp_path) -> None:
     model, examples = _memorized()
-    config = FAST.updated(
-        method="simu", lr=0.05, adversary_lr=1e-3, adversary_interval=4, curvature=curvature, checkpoint_interval=3
-    )
+    relearning = {"adversary_lr": 1e-3, "adversary_interval": 4, "adversary_scope": scope}
+    config = FAST.updated(method="simu", lr=0.05, curvature=curvature, checkpoint_interval=3, **relearning)
     whole, killed, resumed, plain = (copy.deepcopy(model) for _ in range(4))
     expected = run(whole, examples, config)
     run(killed, examples, config.updated(max_steps=3), checkpoint=tmp_path / "run")

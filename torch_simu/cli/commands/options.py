@@ -82,6 +82,9 @@ Damping = Annotated[float, typer.Option(help="Share of its mean that is added to
 AdversaryLr = Annotated[
     float | None, typer.Option(help="Forget at a copy that relearns at this rate; slower, and lasts longer.")
 ]
+AdversaryScope = Annotated[
+    str, typer.Option(help="What that copy is of: trained weights, or all, which lasts longer and takes more memory.")
+]
 AdversaryInterval = Annotated[int, typer.Option(help="Steps after which that copy starts anew.")]
 RetainWeight = Annotated[float, typer.Option(help="Weight of the retain loss.")]
 ForgetTarget = Annotated[float, typer.Option(help="Stop at this mean forget probability.")]
