@@ -64,6 +64,10 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "relearning brings back at most a third of what it brings back after the paper's.",
             forgetting.lasting,
         ),
+        "variants": Claim(
+            "No single change of the default lets less come back and keeps at least as many retain and world answers.",
+            forgetting.variants,
+        ),
         "recommending": Claim(
             "On three models that it was not tuned on, recommend picks a run that reaches the forget target and keeps "
             "at least 95 % of what the best of a grid of 20 keeps, of the retain set and of world facts in no batch.",

@@ -84,6 +84,20 @@ def kept_by(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     return tuple((name, "whole") for name in SETS)
 
 
+def variants(rows: Sequence[Row]) -> Iterator[Part]:
+    """How many changes of the default are better than it, of the mean over seeds in which both are there."""
+    names = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "simu"))
+    better = []
+    for name in names:
+        seeds = {row["seed"] for row in rows if row["variant"] == name}
+        pair = [[row for row in rows if row["variant"] == each and row["seed"] in seeds] for each in ("simu", name)]
+        kept = [[averaged(found, of, "whole") or 0.0 for of in SETS] for found in pair]
+        back = [averaged(found, "back", "probability") or 1.0 for found in pair]
+        reached = all(row["reached"] for row in pair[1])
+        better.append(reached and back[1] < back[0] and all(new >= old for old, new in zip(*kept, strict=True)))
+    yield part("changes that are better in all three", sum(better) if names else None, "at most", 0)
+
+
 def directions(rows: Sequence[Row]) -> Iterator[Part]:
     """What lies in the leading twentieth of the directions of the forget set's activations: means over all rows."""
     diagonal = "the same with Sophia's diagonal and clip"
