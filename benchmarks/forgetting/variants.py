@@ -110,7 +110,7 @@ def toward_zero(model: PreTrainedModel, optimizer: SIMUOptimizer) -> Callable[[b
 def supporting(model: PreTrainedModel, case: Case) -> NeuronSelection:
     """The neurons that support the forget set."""
     batches = list(batches_in_order(case.sets["forget"], 24, 0))
-    attribution = attribute_neurons(model, batches, steps=5)
+    attribution = attribute_neurons(model, batches, steps=20)
     return NeuronSelection.from_masks({name: scores > 0 for name, scores in attribution.scores.items()})
 
 
