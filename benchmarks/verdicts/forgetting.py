@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
+from benchmarks.forgetting.harness.contenders import CONTROLS, DEFAULT, RIVALS
+from benchmarks.verdicts.paired import Value, at_most, difference, more, not_less
 from benchmarks.verdicts.parts import Part, Row, part
 from torch_simu.unlearning.demo.demo import DemoRecipe
 
@@ -58,30 +60,51 @@ def tuning(rows: Sequence[Row]) -> Iterator[Part]:
 
 
 def lasting(rows: Sequence[Row]) -> Iterator[Part]:
-    """What the default keeps beside every other method, and what relearning brings back of it beside the paper's."""
-    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name not in NEVER_UNLEARNED]
-    for other in methods:
-        if other.startswith("simu") and other != "simu_graddiff":
-            continue
-        for name, measure in kept_by(rows):
-            kept, bar = (averaged(rows, name, measure, method=method) for method in ("simu", other))
-            yield part(f"{MEASURES[measure].format(name)}, beside {other}", kept, "at least", bar)
-    ours, published = (averaged(rows, "back", "probability", method=method) for method in ("simu", "simu_graddiff"))
-    bar = None if published is None else published / 3
-    yield part("mean probability after relearning, beside a third of simu_graddiff's", ours, "at most", bar)
+    """What the default keeps, moves and leaves to relearning, beside steps on all weights and masks of its size.
 
-
-MEASURES = {
-    "whole": "mean share of {} answers that are right",
-    "kept": "mean share of the probability of {} answers that is kept",
-}
+    Of each pair of methods the differences on the same seeds count, with their interval.
+    """
+    seeds = sum(row["method"] == DEFAULT for row in rows) or None
+    yield part(f"seeds of {DEFAULT}", seeds, "at least", 3 if _pretrained(rows) else 5)
+    kept = in_all(kept_by(rows))
+    for other in RIVALS:
+        yield more(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
+        yield at_most(f"divergence, beside {other}", difference(rows, DEFAULT, other, divergence))
+    for other in CONTROLS:
+        yield not_less(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
+    found = {other: averaged(rows, "back", "probability", method=other) for other in RIVALS}
+    measured = {other: value for other, value in found.items() if value is not None}
+    best = min(measured, key=lambda other: measured[other], default=None)
+    halved = (
+        None if best is None else difference(rows, DEFAULT, best, lambda row: row["back"]["probability"], share=0.5)
+    )
+    yield at_most(f"relearned, beside half of {best or 'the best of them'}", halved)
 
 
 def kept_by(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     """The sets that tell what is kept and their measure: a pretrained model answers few questions as a whole."""
-    if any("near" in row for row in rows):
+    if _pretrained(rows):
         return tuple((name, "kept") for name in ("near", "world", "text"))
-    return tuple((name, "whole") for name in SETS)
+    return tuple((name, "whole") for name in ("retain", "near", "world") if any(name in row for row in rows))
+
+
+def _pretrained(rows: Sequence[Row]) -> bool:
+    # Only there is plain text among the sets.
+    return any("text" in row for row in rows)
+
+
+def in_all(sets: Sequence[tuple[str, str]]) -> Value:
+    """The mean over sets of what a row keeps of each; None where it lacks one."""
+    return lambda row: (
+        mean(row[name][measure] for name, measure in sets) if all(name in row for name, _ in sets) else None
+    )
+
+
+def divergence(row: Row) -> float | None:
+    """How far the predictions of what is to be kept are from those of the model as it was, over the sets; nats."""
+    if not row.get("trace"):
+        return None
+    return mean(value["kl"] for value in row["trace"][-1].values() if isinstance(value, dict))
 
 
 def directions(rows: Sequence[Row]) -> Iterator[Part]:
