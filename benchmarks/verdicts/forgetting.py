@@ -64,20 +64,21 @@ def lasting(rows: Sequence[Row]) -> Iterator[Part]:
 
     Of each pair of methods the differences on the same seeds count, with their interval.
     """
-    seeds = sum(row["method"] == DEFAULT for row in rows) or None
-    yield part(f"seeds of {DEFAULT}", seeds, "at least", 3 if _pretrained(rows) else 5)
+    ours = [row for row in rows if row["method"] == DEFAULT]
+    yield part(f"seeds of {DEFAULT}", len(ours) or None, "at least", 3 if _pretrained(rows) else 5)
+    share = mean(compares(row) for row in ours) if ours else None
+    yield part(f"share of runs of {DEFAULT} that reach the forget target", share, "at least", 1)
     kept = in_all(kept_by(rows))
     for other in RIVALS:
         yield more(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
         yield at_most(f"divergence, beside {other}", difference(rows, DEFAULT, other, divergence))
     for other in CONTROLS:
         yield not_less(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
-    found = {other: averaged(rows, "back", "probability", method=other) for other in RIVALS}
+    reached = [row for row in rows if compares(row)]
+    found = {other: averaged(reached, "back", "probability", method=other) for other in RIVALS}
     measured = {other: value for other, value in found.items() if value is not None}
     best = min(measured, key=lambda other: measured[other], default=None)
-    halved = (
-        None if best is None else difference(rows, DEFAULT, best, lambda row: row["back"]["probability"], share=0.5)
-    )
+    halved = None if best is None else difference(rows, DEFAULT, best, relearned, share=0.5)
     yield at_most(f"relearned, beside half of {best or 'the best of them'}", halved)
 
 
@@ -93,18 +94,32 @@ def _pretrained(rows: Sequence[Row]) -> bool:
     return any("text" in row for row in rows)
 
 
+def compares(row: Row) -> bool:
+    """Whether a row has reached the forget target; what it kept and what came back compares with nothing otherwise."""
+    return bool(row.get("reached", True))
+
+
 def in_all(sets: Sequence[tuple[str, str]]) -> Value:
-    """The mean over sets of what a row keeps of each; None where it lacks one."""
-    return lambda row: (
-        mean(row[name][measure] for name, measure in sets) if all(name in row for name, _ in sets) else None
-    )
+    """The mean over sets of what a row keeps of each; None where it lacks one, or has not reached the target."""
+
+    def value(row: Row) -> float | None:
+        if not compares(row) or not all(name in row for name, _ in sets):
+            return None
+        return mean(row[name][measure] for name, measure in sets)
+
+    return value
 
 
 def divergence(row: Row) -> float | None:
     """How far the predictions of what is to be kept are from those of the model as it was, over the sets; nats."""
-    if not row.get("trace"):
+    if not compares(row) or not row.get("trace"):
         return None
     return mean(value["kl"] for value in row["trace"][-1].values() if isinstance(value, dict))
+
+
+def relearned(row: Row) -> float | None:
+    """The mean probability that relearning brings back."""
+    return row["back"]["probability"] if compares(row) else None
 
 
 def directions(rows: Sequence[Row]) -> Iterator[Part]:

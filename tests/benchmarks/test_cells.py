@@ -76,6 +76,19 @@ def test_what_was_not_run_is_not_measured(missing: str) -> None:
     assert all(missing in part["claim"] for part in verdict["parts"] if part["holds"] == NOT_MEASURED)
 
 
+def test_a_run_that_ended_above_the_target_compares_with_nothing() -> None:
+    rows = [row | {"reached": row["method"] != "simu" or row["seed"] > 0} for row in evidence()]
+    verdict = CLAIMS["lasting"].verdict({"rows": rows})
+    (failed,) = (part for part in verdict["parts"] if part["holds"] is not True)
+    assert (failed["measured"], failed["needs"], failed["bar"]) == (0.8, "at least", 1)
+    (line,) = (line for line in kept_and_back({"rows": rows, "lr": {}}) if line.startswith("| simu |"))
+    assert "| 0.050 (1 of 5 above) |" in line
+    others = [row for row in rows if row["seed"] > 0]
+    assert line.split("above)")[1] == next(
+        line.split("0.050")[1] for line in kept_and_back({"rows": others, "lr": {}}) if line.startswith("| simu |")
+    )
+
+
 def test_few_seeds_are_no_evidence() -> None:
     assert denied([row for row in evidence() if row["seed"] < 3])[0] == "seeds of simu"
 

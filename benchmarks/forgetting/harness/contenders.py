@@ -100,9 +100,9 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
     "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
-    "NPO, all weights": Contender(choices={**FIRST, "objective": "npo"}, unit="weights"),
-    "SimNPO, all weights": Contender(choices={**FIRST, "objective": "simnpo"}, unit="weights"),
-    "IDK, all weights": Contender(choices={**FIRST, "objective": "idk"}, unit="weights"),
-    "DPO, all weights": Contender(choices={**FIRST, "objective": "dpo"}, unit="weights"),
+    **{
+        f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")
+        for name in ("NPO", "SimNPO", "IDK", "DPO", "WGA", "SatImp", "CEU", "UNDIAL", "JensUn", "RMU", "EUL", "ICU")
+    },
 }
 """Name -> contender."""

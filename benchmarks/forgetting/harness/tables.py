@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.forgetting.harness.contenders import DEFAULT
 from benchmarks.forgetting.harness.tracing import frontier
-from benchmarks.verdicts.forgetting import NEVER_UNLEARNED, divergence, in_all, kept_by
+from benchmarks.verdicts.forgetting import NEVER_UNLEARNED, compares, divergence, in_all, kept_by, relearned
 from benchmarks.verdicts.paired import Interval, Value, difference, interval
 from benchmarks.verdicts.parts import Row
 from torch_simu.unlearning.metrics.truth_ratio import forget_quality
@@ -22,19 +22,21 @@ def shown(found: Interval | None) -> str:
 
 
 def cell(rows: Sequence[Row], value: Value) -> str:
-    """The interval of a figure of rows; empty where one lacks it."""
-    found = [value(row) for row in rows]
+    """The interval of a figure over the runs that reached the target; empty where there is none, or one lacks it."""
+    found = [value(row) for row in rows if compares(row)]
     return shown(interval(found)) if found and None not in found else ""
 
 
 def of_set(name: str, measure: str) -> Value:
     """The value of a measure of a set."""
-    return lambda row: row[name].get(measure) if name in row else None
+    return lambda row: row[name].get(measure) if name in row and compares(row) else None
 
 
-def back(row: Row) -> float:
-    """The probability that relearning brings back."""
-    return row["back"]["probability"]
+def ended(rows: Sequence[Row]) -> str:
+    """The mean forget probability at the end, and how many runs ended above the target, whose figures do not count."""
+    missed = sum(not compares(row) for row in rows)
+    said = f" ({missed} of {len(rows)} above)" if missed else ""
+    return f"{mean(row['forget']['probability'] for row in rows):.3f}{said}"
 
 
 def table(heads: Sequence[str], lines: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -64,9 +66,9 @@ def kept_and_back(result: Mapping[str, Any]) -> Iterator[str]:
                 method,
                 f"{rate:g}" if rate else "",
                 f"{mean(counts):.0f}" if counts else "",
-                f"{mean(row['forget']['probability'] for row in ours):.3f}",
+                ended(ours),
                 *(cell(ours, of_set(name, measure)) for name, measure in sets),
-                cell(ours, back),
+                cell(ours, relearned),
             ]
 
     heads = [f"{name}, {measure}" for name, measure in sets]
@@ -114,7 +116,7 @@ def differences(result: Mapping[str, Any]) -> Iterator[str]:
         "all of them": in_all(sets),
         "frontier": lambda row: frontier(row["trace"]) if "trace" in row else None,
         "KL to the start": divergence,
-        "relearned, prob.": back,
+        "relearned, prob.": relearned,
     }
     others = [name for name, _ in by_method(rows) if name not in (*NEVER_UNLEARNED, DEFAULT)]
     lines = ([name, *(shown(difference(rows, DEFAULT, name, value)) for value in columns.values())] for name in others)
