@@ -12,7 +12,15 @@ import torch
 
 from benchmarks.forgetting import __main__ as all_cells
 from benchmarks.forgetting.cases import Case
-from benchmarks.forgetting.harness.contenders import CONTENDERS, anywhere, attention, everywhere, linear_layers
+from benchmarks.forgetting.harness.contenders import (
+    CONTENDERS,
+    SHARE,
+    anywhere,
+    attention,
+    everywhere,
+    linear_layers,
+    third_by_dual,
+)
 from benchmarks.forgetting.harness.measures import measured, moved
 from benchmarks.forgetting.harness.rows import documents, side_by_side
 from benchmarks.forgetting.harness.running import forgotten
@@ -42,11 +50,12 @@ def weights_of(model, selection) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_controls_train_as_many_weights_as_the_default(shape: str) -> None:
     model = SHAPES[shape](40, 64, 2)
+    made = Case({}, model, None, batch_size=1)
     default = sum(neuron_weight(layer).numel() for layer in down_projections(model).values())
-    assert weights_of(model, anywhere(model, 0)) == pytest.approx(default, rel=0.02)
-    assert anywhere(model, 0) == anywhere(model, 0) != anywhere(model, 1)
-    assert weights_of(model, attention(model, 0)) == default
-    assert set(attention(model, 0)) == set(attention_projections(model))
+    assert weights_of(model, anywhere(made, 0)) == pytest.approx(default, rel=0.02)
+    assert anywhere(made, 0) == anywhere(made, 0) != anywhere(made, 1)
+    assert weights_of(model, attention(made, 0)) == default
+    assert set(attention(made, 0)) == set(attention_projections(model))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,8 +65,15 @@ def test_every_layer_is_all_of_a_block_but_its_norms(shape: str) -> None:
     matrices = sum(
         count for name, count in blocks.items() if "norm" not in name and "ln_" not in name and "bias" not in name
     )
-    assert weights_of(model, everywhere(model, 0)) == matrices
+    assert weights_of(model, everywhere(Case({}, model, None, batch_size=1), 0)) == matrices
     assert "lm_head" not in linear_layers(model)
+
+
+def test_dual_neurons_are_dropped_or_alone_and_no_neuron_is_both(case: Case) -> None:
+    without, alone = (third_by_dual(dual)(case, 0) for dual in ("drop", "isolate"))
+    assert not (without & alone).num_selected and without.num_selected and alone.num_selected
+    for layer in without:
+        assert len(without[layer]) + len(alone[layer]) == round(SHARE * without.num_neurons[layer])
 
 
 def document(name: str, questions: int, answer: str, task: str = "Task2") -> list[Row]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from torch_simu import NeuronSelection
+from torch_simu import NeuronSelection, attribute_neurons
+from torch_simu.attribution.attribution import Dual
 from torch_simu.layers import attention_projections, down_projections, is_neuron_layer, neuron_weight
+from torch_simu.unlearning.data.batches import batches_in_order
+
+if TYPE_CHECKING:
+    from benchmarks.forgetting.cases import Case
 
 Unit = Literal["weights", "columns", "shares", "low rank"]
 """What a step size is one of: the change of a weight, of one of a few neurons, of a layer as a share of its norm."""
@@ -25,13 +31,13 @@ class Contender:
         choices: Of an `UnlearnConfig`.
         unit: What its step size is one of.
         steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer or with LoRA matrices.
-        mask: The neurons that train, of a model and a seed; None: those of the configuration.
+        mask: The neurons that train, of a case and a seed; None: those of the configuration.
     """
 
     choices: Mapping[str, object]
     unit: Unit
     steps: Literal["unlearn", "soul", "low rank"] = "unlearn"
-    mask: Callable[[PreTrainedModel, int], NeuronSelection] | None = None
+    mask: Callable[[Case, int], NeuronSelection] | None = None
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -40,31 +46,52 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [name for name, layer in model.named_modules() if is_neuron_layer(layer) and layer is not head]
 
 
-def attention(model: PreTrainedModel, seed: int) -> NeuronSelection:
+def attention(case: Case, seed: int) -> NeuronSelection:
     """All input features of the attention projections."""
-    return NeuronSelection.full(model, list(attention_projections(model)))
+    return NeuronSelection.full(case.model, list(attention_projections(case.model)))
 
 
-def everywhere(model: PreTrainedModel, seed: int) -> NeuronSelection:
+def everywhere(case: Case, seed: int) -> NeuronSelection:
     """All input features of all linear layers."""
-    return NeuronSelection.full(model, linear_layers(model))
+    return NeuronSelection.full(case.model, linear_layers(case.model))
 
 
-def anywhere(model: PreTrainedModel, seed: int) -> NeuronSelection:
+def anywhere(case: Case, seed: int) -> NeuronSelection:
     """Random input features of all linear layers, with as many weights as the down projections have."""
 
     def weights(layers: Mapping[str, nn.Module]) -> int:
         return sum(neuron_weight(layer).numel() for layer in layers.values())
 
+    model = case.model
     names = linear_layers(model)
     share = weights(down_projections(model)) / weights({name: model.get_submodule(name) for name in names})
     return NeuronSelection.random(model, share, torch.Generator().manual_seed(seed), names)
 
 
+def third_at_random(case: Case, seed: int) -> NeuronSelection:
+    """Three tenths of the neurons of each layer."""
+    return NeuronSelection.random(case.model, SHARE, torch.Generator().manual_seed(seed))
+
+
+def third_by_dual(dual: Dual) -> Callable[[Case, int], NeuronSelection]:
+    """The three tenths with the highest forget scores, without those that are dual, or of these the dual ones alone."""
+
+    def mask(case: Case, seed: int) -> NeuronSelection:
+        retain = case.sets["retain"]
+        forget_scores, retain_scores = (
+            attribute_neurons(case.model, batches_in_order(rows, 32), steps=5, max_completeness_error=None)
+            for rows in (case.sets["forget"], retain[:: math.ceil(len(retain) / 60)])
+        )
+        return forget_scores.top(SHARE, retain=retain_scores, dual=dual)
+
+    return mask
+
+
+SHARE = 0.3
 BOUNDED = {"objective": "probability", "balance": True}
 STEP = {"method": "simu", "paced": False}
 """The default, at a fixed step size."""
-THIRD = {**STEP, "fraction": 0.3}
+THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 
 DEFAULT = "simu"
@@ -93,11 +120,9 @@ CONTENDERS: Mapping[str, Contender] = {
     "every layer": Contender(choices=STEP, unit="shares", mask=everywhere),
     "30 % of the neurons, by contrast": Contender(choices=THIRD, unit="shares"),
     "30 % of the neurons, by forget score": Contender(choices={**THIRD, "rule": "top"}, unit="shares"),
-    "30 % of the neurons, at random": Contender(
-        choices=STEP,
-        unit="shares",
-        mask=lambda model, seed: NeuronSelection.random(model, 0.3, torch.Generator().manual_seed(seed)),
-    ),
+    "the same without dual neurons": Contender(choices=STEP, unit="shares", mask=third_by_dual("drop")),
+    "the dual neurons of these alone": Contender(choices=STEP, unit="shares", mask=third_by_dual("isolate")),
+    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
     "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
     "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
     **{

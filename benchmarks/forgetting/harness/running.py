@@ -39,7 +39,7 @@ def forgotten(
     trace = Trace(model, case) if traced else None
     if contender.steps == "unlearn":
         refusals = encode_refusals(case.tokenizer) if config.objective in REFUSING and case.tokenizer else None
-        mask = None if contender.mask is None else contender.mask(model, config.seed)
+        mask = None if contender.mask is None else contender.mask(case, config.seed)
         forget, retain = case.sets["forget"], case.sets["retain"]
         done = unlearn(model, forget, retain, config=config, refusals=refusals, selection=mask, progress=trace)
         row: Row = {"steps": done.steps, "reached": done.reached, "seconds": done.seconds}
