@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from statistics import mean, median, stdev
-
-from scipy import stats
+from statistics import mean, median
 
 from benchmarks import scale
+from benchmarks.forgetting.harness.tables import kept_and_back
 from benchmarks.forgetting.recommended import recommended
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
-from benchmarks.verdicts.forgetting import kept_by
 
 
 def loaded(name: str) -> dict:
@@ -48,32 +46,6 @@ def kept(name: str) -> Iterator[str]:
         if attacked:
             cells += [spread([row["attack"]["relearn"]["probability"] for row in ours])]
         yield f"| {method} | {' | '.join(cells)} |"
-
-
-def lasting(target: str) -> Iterator[str]:
-    """What each method keeps, and what relearning brings back: means, with 95 % intervals over the seeds."""
-    result = loaded(f"lasting_{target}")
-    rows = result["rows"]
-    sets = kept_by(rows)
-    heads = [f"{name}, {measure}" for name, measure in sets]
-    yield f"| method | step size | steps | forget prob. | {' | '.join(heads)} | relearned, prob. |"
-    yield "|---" * (5 + len(sets)) + "|"
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ours = [row for row in rows if row["method"] == method]
-        rate, counts = result["lr"].get(method), [row["steps"] for row in ours if "steps" in row]
-        cells = [f"{rate:g}" if rate else "", f"{mean(counts):.0f}" if counts else ""]
-        cells += [f"{mean(row['forget']['probability'] for row in ours):.3f}"]
-        cells += [interval([row[name][measure] for row in ours]) for name, measure in sets]
-        cells += [interval([row["back"]["probability"] for row in ours])]
-        yield f"| {method} | {' | '.join(cells)} |"
-
-
-def interval(values: list[float]) -> str:
-    """The mean, and half the width of its 95 % interval by Student's distribution."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.3f} \u00b1 {half:.3f}"
 
 
 def steps(size: str, fraction: float, run: str = "optimizer_step") -> Iterator[str]:
@@ -280,8 +252,8 @@ TABLES = {
     "reliability": reliability,
     "scale_models": scale.models,
     "scale_memory": scale.memory,
-    "lasting_demo": lambda: lasting("demo"),
-    "lasting_tofu": lambda: lasting("tofu"),
+    "lasting_demo": lambda: kept_and_back(loaded("lasting_demo")),
+    "lasting_tofu": lambda: kept_and_back(loaded("lasting_tofu")),
     "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""

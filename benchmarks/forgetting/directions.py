@@ -18,7 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case, demo_case
-from benchmarks.forgetting.lasting import TARGETS, run
+from benchmarks.forgetting.harness.contenders import Contender
+from benchmarks.forgetting.harness.running import forgotten
+from benchmarks.forgetting.harness.targets import TARGETS
+from benchmarks.forgetting.lasting import configured
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import register_neuron_hooks
 from torch_simu.layers import down_projections
@@ -69,7 +72,8 @@ def rows_of(case: Case, seed: int) -> Iterator[dict[str, object]]:
     forget = case.sets["forget"]
     found = directions(case.model, forget)
     for name, choices in METHODS.items():
-        model, _ = run(case, TARGETS["demo"], seed, choices)
+        config = configured(case, TARGETS["demo"], seed, choices)
+        model, _ = forgotten(case, Contender(choices=choices, unit="weights"), config, traced=False)
         copied = ModelCopy(model)
         taught, scored = forget[::3], [row for place, row in enumerate(forget) if place % 3]
         teach(copied, taught, scored, config=LESSON)

@@ -1,6 +1,6 @@
-"""Write what programs write of the pages: two whole pages, all tables from the result files, and the plots.
+"""Write what programs write of the pages: whole pages, tables and cells from the result files, and the plots.
 
-Usage: python -m benchmarks.pages [command_line] [models] [tables] [plots]
+Usage: python -m benchmarks.pages [command_line] [models] [benchmarks] [tables] [plots]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.pages import command_line
+from benchmarks.pages import cells, command_line
 from benchmarks.tables import TABLES
 from tests.pages import architectures
 
@@ -22,6 +22,12 @@ TABLE = re.compile(r"(<!-- table: (\w+) -->\n\n)(?:\|.*\n)*")
 def write_reference(name: str, lines: Iterable[str]) -> None:
     """Write a whole page."""
     (DOCS / "reference" / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def write_cells() -> None:
+    """Put every cell of the harness on its page."""
+    page = DOCS / "benchmarks.md"
+    page.write_text(cells.page(page.read_text()))
 
 
 def write_tables() -> None:
@@ -39,6 +45,7 @@ WRITERS: dict[str, Callable[[], None]] = {
     "models": lambda: write_reference(
         "models", architectures.page((name, architectures.measured(name)) for name in architectures.TYPES)
     ),
+    "benchmarks": write_cells,
     "tables": write_tables,
     "plots": plots.main,
 }

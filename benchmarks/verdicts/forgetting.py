@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
+from benchmarks.forgetting.harness.contenders import CONTROLS, DEFAULT, RIVALS
+from benchmarks.verdicts.paired import Value, at_most, difference, more, not_less
 from benchmarks.verdicts.parts import Part, Row, part
 from torch_simu.unlearning.demo.demo import DemoRecipe
 
@@ -58,30 +60,66 @@ def tuning(rows: Sequence[Row]) -> Iterator[Part]:
 
 
 def lasting(rows: Sequence[Row]) -> Iterator[Part]:
-    """What the default keeps beside every other method, and what relearning brings back of it beside the paper's."""
-    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name not in NEVER_UNLEARNED]
-    for other in methods:
-        if other.startswith("simu") and other != "simu_graddiff":
-            continue
-        for name, measure in kept_by(rows):
-            kept, bar = (averaged(rows, name, measure, method=method) for method in ("simu", other))
-            yield part(f"{MEASURES[measure].format(name)}, beside {other}", kept, "at least", bar)
-    ours, published = (averaged(rows, "back", "probability", method=method) for method in ("simu", "simu_graddiff"))
-    bar = None if published is None else published / 3
-    yield part("mean probability after relearning, beside a third of simu_graddiff's", ours, "at most", bar)
+    """What the default keeps, moves and leaves to relearning, beside steps on all weights and masks of its size.
 
-
-MEASURES = {
-    "whole": "mean share of {} answers that are right",
-    "kept": "mean share of the probability of {} answers that is kept",
-}
+    Of each pair of methods the differences on the same seeds count, with their interval.
+    """
+    ours = [row for row in rows if row["method"] == DEFAULT]
+    yield part(f"seeds of {DEFAULT}", len(ours) or None, "at least", 3 if _pretrained(rows) else 5)
+    share = mean(compares(row) for row in ours) if ours else None
+    yield part(f"share of runs of {DEFAULT} that reach the forget target", share, "at least", 1)
+    kept = in_all(kept_by(rows))
+    for other in RIVALS:
+        yield more(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
+        yield at_most(f"divergence, beside {other}", difference(rows, DEFAULT, other, divergence))
+    for other in CONTROLS:
+        yield not_less(f"kept, beside {other}", difference(rows, DEFAULT, other, kept))
+    reached = [row for row in rows if compares(row)]
+    found = {other: averaged(reached, "back", "probability", method=other) for other in RIVALS}
+    measured = {other: value for other, value in found.items() if value is not None}
+    best = min(measured, key=lambda other: measured[other], default=None)
+    halved = None if best is None else difference(rows, DEFAULT, best, relearned, share=0.5)
+    yield at_most(f"relearned, beside half of {best or 'the best of them'}", halved)
 
 
 def kept_by(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     """The sets that tell what is kept and their measure: a pretrained model answers few questions as a whole."""
-    if any("near" in row for row in rows):
+    if _pretrained(rows):
         return tuple((name, "kept") for name in ("near", "world", "text"))
-    return tuple((name, "whole") for name in SETS)
+    return tuple((name, "whole") for name in ("retain", "near", "world") if any(name in row for row in rows))
+
+
+def _pretrained(rows: Sequence[Row]) -> bool:
+    # Only there is plain text among the sets.
+    return any("text" in row for row in rows)
+
+
+def compares(row: Row) -> bool:
+    """Whether a row has reached the forget target; what it kept and what came back compares with nothing otherwise."""
+    return bool(row.get("reached", True))
+
+
+def in_all(sets: Sequence[tuple[str, str]]) -> Value:
+    """The mean over sets of what a row keeps of each; None where it lacks one, or has not reached the target."""
+
+    def value(row: Row) -> float | None:
+        if not compares(row) or not all(name in row for name, _ in sets):
+            return None
+        return mean(row[name][measure] for name, measure in sets)
+
+    return value
+
+
+def divergence(row: Row) -> float | None:
+    """How far the predictions of what is to be kept are from those of the model as it was, over the sets; nats."""
+    if not compares(row) or not row.get("trace"):
+        return None
+    return mean(value["kl"] for value in row["trace"][-1].values() if isinstance(value, dict))
+
+
+def relearned(row: Row) -> float | None:
+    """The mean probability that relearning brings back."""
+    return row["back"]["probability"] if compares(row) else None
 
 
 def variants(rows: Sequence[Row]) -> Iterator[Part]:

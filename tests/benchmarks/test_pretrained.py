@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.forgetting.lasting import kept
+from benchmarks.forgetting.harness.measures import kept
 from benchmarks.pretrained.facts import TEMPLATES, facts, plain_texts
 from benchmarks.pretrained.model import make_folder
 

@@ -1,0 +1,133 @@
+"""Who forgets: the published methods, the same on equal terms, masks as controls, low rank, and other objectives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from torch_simu import NeuronSelection, attribute_neurons
+from torch_simu.attribution.attribution import Dual
+from torch_simu.layers import attention_projections, down_projections, is_neuron_layer, neuron_weight
+from torch_simu.unlearning.data.batches import batches_in_order
+
+if TYPE_CHECKING:
+    from benchmarks.forgetting.cases import Case
+
+Unit = Literal["weights", "columns", "shares", "low rank"]
+"""What a step size is one of: the change of a weight, of one of a few neurons, of a layer as a share of its norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """How a model is made to forget.
+
+    Args:
+        choices: Of an `UnlearnConfig`.
+        unit: What its step size is one of.
+        steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer or with LoRA matrices.
+        mask: The neurons that train, of a case and a seed; None: those of the configuration.
+    """
+
+    choices: Mapping[str, object]
+    unit: Unit
+    steps: Literal["unlearn", "soul", "low rank"] = "unlearn"
+    mask: Callable[[Case, int], NeuronSelection] | None = None
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if is_neuron_layer(layer) and layer is not head]
+
+
+def attention(case: Case, seed: int) -> NeuronSelection:
+    """All input features of the attention projections."""
+    return NeuronSelection.full(case.model, list(attention_projections(case.model)))
+
+
+def everywhere(case: Case, seed: int) -> NeuronSelection:
+    """All input features of all linear layers."""
+    return NeuronSelection.full(case.model, linear_layers(case.model))
+
+
+def anywhere(case: Case, seed: int) -> NeuronSelection:
+    """Random input features of all linear layers, with as many weights as the down projections have."""
+
+    def weights(layers: Mapping[str, nn.Module]) -> int:
+        return sum(neuron_weight(layer).numel() for layer in layers.values())
+
+    model = case.model
+    names = linear_layers(model)
+    share = weights(down_projections(model)) / weights({name: model.get_submodule(name) for name in names})
+    return NeuronSelection.random(model, share, torch.Generator().manual_seed(seed), names)
+
+
+def third_at_random(case: Case, seed: int) -> NeuronSelection:
+    """Three tenths of the neurons of each layer."""
+    return NeuronSelection.random(case.model, SHARE, torch.Generator().manual_seed(seed))
+
+
+def third_by_dual(dual: Dual) -> Callable[[Case, int], NeuronSelection]:
+    """The three tenths with the highest forget scores, without those that are dual, or of these the dual ones alone."""
+
+    def mask(case: Case, seed: int) -> NeuronSelection:
+        retain = case.sets["retain"]
+        forget_scores, retain_scores = (
+            attribute_neurons(case.model, batches_in_order(rows, 32), steps=5, max_completeness_error=None)
+            for rows in (case.sets["forget"], retain[:: math.ceil(len(retain) / 60)])
+        )
+        return forget_scores.top(SHARE, retain=retain_scores, dual=dual)
+
+    return mask
+
+
+SHARE = 0.3
+BOUNDED = {"objective": "probability", "balance": True}
+STEP = {"method": "simu", "paced": False}
+"""The default, at a fixed step size."""
+THIRD = {**STEP, "fraction": SHARE}
+FIRST = {"method": "fo_graddiff"}
+
+DEFAULT = "simu"
+RIVALS = (
+    "first order, all weights, bounded",
+    "second order, all weights, bounded",
+    "SOUL's steps, all weights, bounded",
+)
+"""The published steps on all weights, with the default's objective."""
+CONTROLS = ("random columns of all layers", "attention only")
+"""Masks with as many weights as the default's, or about as many, and its steps."""
+
+CONTENDERS: Mapping[str, Contender] = {
+    DEFAULT: Contender(choices=STEP, unit="shares"),
+    "simu with an adversary": Contender(choices={**STEP, "adversary_lr": 3e-4}, unit="shares"),
+    "fo_graddiff": Contender(choices=FIRST, unit="weights"),
+    "so_graddiff": Contender(choices={"method": "so_graddiff"}, unit="weights"),
+    "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),
+    RIVALS[0]: Contender(choices={**FIRST, **BOUNDED}, unit="weights"),
+    # The Gauss-Newton diagonal of the retain set, from labels that the model samples.
+    RIVALS[1]: Contender(choices={"method": "so_graddiff", **BOUNDED}, unit="weights"),
+    RIVALS[2]: Contender(choices={"method": "so_graddiff", **BOUNDED}, unit="weights", steps="soul"),
+    "diagonal, critical neurons, bounded": Contender(choices={"method": "simu_graddiff", **BOUNDED}, unit="columns"),
+    CONTROLS[0]: Contender(choices=STEP, unit="shares", mask=anywhere),
+    CONTROLS[1]: Contender(choices=STEP, unit="shares", mask=attention),
+    "every layer": Contender(choices=STEP, unit="shares", mask=everywhere),
+    "30 % of the neurons, by contrast": Contender(choices=THIRD, unit="shares"),
+    "30 % of the neurons, by forget score": Contender(choices={**THIRD, "rule": "top"}, unit="shares"),
+    "the same without dual neurons": Contender(choices=STEP, unit="shares", mask=third_by_dual("drop")),
+    "the dual neurons of these alone": Contender(choices=STEP, unit="shares", mask=third_by_dual("isolate")),
+    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
+    "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
+    "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
+    **{
+        f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")
+        for name in ("NPO", "SimNPO", "IDK", "DPO", "WGA", "SatImp", "CEU", "UNDIAL", "JensUn", "RMU", "EUL", "ICU")
+    },
+}
+"""Name -> contender."""

@@ -1,0 +1,93 @@
+"""A run: a copy of a case's model forgets, by `unlearn` or by a loop with another optimizer, traced on the way."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
+
+from benchmarks.forgetting.cases import BATCH, Case
+from benchmarks.forgetting.harness.contenders import Contender
+from benchmarks.forgetting.harness.tracing import Trace
+from torch_simu.optimizer import GradientBalance, SIMUOptimizer, soul
+from torch_simu.unlearning.attack.low_rank import low_rank
+from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.data.refusals import encode_refusals
+from torch_simu.unlearning.differentiate import differentiate, retain_weight
+from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.metrics.scoring import mode, score_answers
+from torch_simu.unlearning.objectives import REFUSING, make_objective
+from torch_simu.unlearning.progress import Progress
+from torch_simu.unlearning.steps import StepBatches
+
+Row = dict[str, Any]
+RANK = 32
+"""With it the matrices beside all linear layers have about as many weights as the down projections."""
+
+
+def forgotten(
+    case: Case, contender: Contender, config: UnlearnConfig, *, traced: bool = True
+) -> tuple[PreTrainedModel, Row]:
+    """A copy of the model that forgot, and how it went: steps, whether the target was reached, seconds, the trace."""
+    model = copy.deepcopy(case.model)
+    trace = Trace(model, case) if traced else None
+    if contender.steps == "unlearn":
+        refusals = encode_refusals(case.tokenizer) if config.objective in REFUSING and case.tokenizer else None
+        mask = None if contender.mask is None else contender.mask(case, config.seed)
+        forget, retain = case.sets["forget"], case.sets["retain"]
+        done = unlearn(model, forget, retain, config=config, refusals=refusals, selection=mask, progress=trace)
+        row: Row = {"steps": done.steps, "reached": done.reached, "seconds": done.seconds}
+        log = done.log
+    else:
+        row, log = by_loop(model, case, contender, config, trace)
+    if trace is not None:
+        row["seconds"] -= trace.seconds
+        row["trace"] = trace.beside(log)
+    return model, {**row, "seconds": round(row["seconds"], 1)}
+
+
+def by_loop(
+    model: PreTrainedModel, case: Case, contender: Contender, config: UnlearnConfig, progress: Progress | None
+) -> tuple[Row, list[Row]]:
+    """Forget with an optimizer that no method of the package has, on the batches that the others see."""
+    started = time.perf_counter()
+    stream = StepBatches(case.sets["forget"], case.sets["retain"], config, 0, model.device)
+    log: list[Row] = []
+    with mode(model, training=False), trained_by(model, contender, config) as optimizer:
+        objective = make_objective(config.objective, retain_weight=config.retain_weight, model=model)
+        balance = GradientBalance(optimizer)
+        reached = False
+        while len(log) < config.max_steps and not reached:
+            number = len(log)
+            terms = objective.terms(model, stream.batch("forget", number), stream.batch("retain", number))
+            balance.combine_(retain_weight=retain_weight(differentiate(terms, balance=balance)))
+            optimizer.step()
+            optimizer.zero_grad()
+            log.append({"step": number + 1})
+            if (number + 1) % config.eval_interval == 0 or number + 1 == config.max_steps:
+                found = score_answers(model, case.sets["forget"], batch_size=BATCH)["probability"]
+                log[-1]["forget_probability"] = sum(found) / len(found)
+                reached = log[-1]["forget_probability"] <= config.forget_target
+            if progress is not None:
+                progress("unlearn", number + 1, number + 1 if reached else config.max_steps)
+    model.requires_grad_(True)
+    return {"steps": len(log), "reached": reached, "seconds": time.perf_counter() - started}, log
+
+
+@contextmanager
+def trained_by(model: PreTrainedModel, contender: Contender, config: UnlearnConfig) -> Iterator[Optimizer]:
+    """SOUL's optimizer of all weights, or AdamW of LoRA matrices, which are a part of the weights afterwards."""
+    if contender.steps == "soul":
+        yield SIMUOptimizer(model.requires_grad_(True).parameters(), **soul(lr=config.lr))
+        return
+    with low_rank(model, rank=RANK, seed=config.seed) as matrices:
+        yield AdamW(matrices, lr=config.lr, weight_decay=0.0)
+        for layer in model.modules():
+            if isinstance(layer, nn.Module) and hasattr(layer, "lora_A"):
+                layer.merge()

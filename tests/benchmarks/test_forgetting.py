@@ -1,0 +1,199 @@
+"""The harness: masks of one size, rows that give nothing away, runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.forgetting import __main__ as all_cells
+from benchmarks.forgetting.cases import Case
+from benchmarks.forgetting.harness.contenders import (
+    CONTENDERS,
+    SHARE,
+    anywhere,
+    attention,
+    everywhere,
+    linear_layers,
+    third_by_dual,
+)
+from benchmarks.forgetting.harness.measures import measured, moved
+from benchmarks.forgetting.harness.rows import documents, side_by_side
+from benchmarks.forgetting.harness.running import forgotten
+from benchmarks.forgetting.harness.shapes import SHAPES
+from benchmarks.forgetting.harness.targets import TARGETS, case_of
+from benchmarks.forgetting.harness.taught import memorizing
+from benchmarks.forgetting.harness.tracing import EVERY, Trace
+from benchmarks.forgetting.lasting import configured
+from torch_simu.layers import attention_projections, down_projections, neuron_weight
+from torch_simu.unlearning.attack.rows import split_rows
+from torch_simu.unlearning.data.rows import Row
+from torch_simu.unlearning.metrics.scoring import score_answers
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """A few people in a tiny Llama."""
+    return case_of("quick", "llama", 0, None, None)
+
+
+def weights_of(model, selection) -> int:
+    """How many weights a selection trains."""
+    layers = {name: neuron_weight(model.get_submodule(name)) for name in selection}
+    return sum(len(selection[name]) * weight.numel() // selection.num_neurons[name] for name, weight in layers.items())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_controls_train_as_many_weights_as_the_default(shape: str) -> None:
+    model = SHAPES[shape](40, 64, 2)
+    made = Case({}, model, None, batch_size=1)
+    default = sum(neuron_weight(layer).numel() for layer in down_projections(model).values())
+    assert weights_of(model, anywhere(made, 0)) == pytest.approx(default, rel=0.02)
+    assert anywhere(made, 0) == anywhere(made, 0) != anywhere(made, 1)
+    assert weights_of(model, attention(made, 0)) == default
+    assert set(attention(made, 0)) == set(attention_projections(model))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_layer_is_all_of_a_block_but_its_norms(shape: str) -> None:
+    model = SHAPES[shape](40, 64, 2)
+    blocks = {name: param.numel() for name, param in model.named_parameters() if ".layers." in name or ".h." in name}
+    matrices = sum(
+        count for name, count in blocks.items() if "norm" not in name and "ln_" not in name and "bias" not in name
+    )
+    assert weights_of(model, everywhere(Case({}, model, None, batch_size=1), 0)) == matrices
+    assert "lm_head" not in linear_layers(model)
+
+
+def test_dual_neurons_are_dropped_or_alone_and_no_neuron_is_both(case: Case) -> None:
+    without, alone = (third_by_dual(dual)(case, 0) for dual in ("drop", "isolate"))
+    assert not (without & alone).num_selected and without.num_selected and alone.num_selected
+    for layer in without:
+        assert len(without[layer]) + len(alone[layer]) == round(SHARE * without.num_neurons[layer])
+
+
+def document(name: str, questions: int, answer: str, task: str = "Task2") -> list[Row]:
+    """A document of LUME: a text to complete and questions about it."""
+    kinds = ["sc1", *(f"qa{number}" for number in range(questions))]
+    return [Row(f"{name} {kind}?", answer, {"id": f"{name}{kind}", "task": task}) for kind in kinds]
+
+
+def test_an_attacker_is_shown_no_row_of_a_document_that_is_scored() -> None:
+    rows = side_by_side([document(name, 2, "x") for name in "abcdef"])
+    attacker, scored = split_rows(rows, every=3)
+    names = [{row.question[0] for row in part} for part in (attacker, scored)]
+    assert names == [{"a", "d"}, {"b", "c", "e", "f"}]
+    assert len(rows) == len(set(rows)) == 18
+
+
+def test_documents_with_short_answers_come_first_and_none_comes_twice() -> None:
+    rows = [row for name, answer in (("a", "long"), ("b", "s"), ("c", "mid")) for row in document(name, 1, answer)]
+    found = documents([*rows, *document("d", 0, "story", task="Task1")])
+    assert [each[0].question[0] for each in found["Task2"]] == ["b", "c", "a"]
+    assert list(found["Task2"]) == []
+    assert [[row.question[0] for row in each] for each in found["Task1"]] == [["d"]]
+
+
+def test_a_model_that_did_not_change_has_not_moved(case: Case) -> None:
+    assert moved(case.model, case.model) == 0.0
+    trace = Trace(case.model, case)
+    trace("unlearn", 12, 24)
+    trace("unlearn", 13, 24)
+    trace("attribute forget", 12, 24)
+    (point,) = trace.beside([{"step": 12, "forget_probability": 0.5}])
+    assert point["step"] == 12 and point["forget"] == 0.5
+    for name in ("retain", "world"):
+        assert point[name]["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert point[name]["kept"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_how_far_a_model_moved_is_the_norm_of_its_changes(case: Case) -> None:
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.1)
+    assert moved(model, case.model) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_divergence_of_a_trace_is_that_of_its_rows_one_by_one(case: Case) -> None:
+    model = copy.deepcopy(case.model)
+    trace = Trace(model, case)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.7)
+    trace("unlearn", 24, 24)
+    (point,) = trace.beside([{"step": 24, "forget_probability": 0.1}])
+    total, count = 0.0, 0
+    for row in case.sets["world"][::EVERY]:
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            old, new = (each(ids).logits[0].log_softmax(-1) for each in (case.model, model))
+        for place in range(len(row.prompt_ids) - 1, len(row.input_ids) - 1):
+            total += float((old[place].exp() * (old[place] - new[place])).sum())
+            count += 1
+    assert point["world"]["kl"] == pytest.approx(total / count, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["SOUL's steps, all weights, bounded", "LoRA, bounded"])
+def test_a_loop_leaves_a_plain_model_that_is_what_was_measured_last(case: Case, name: str) -> None:
+    before = copy.deepcopy(case.model.state_dict())
+    contender = CONTENDERS[name]
+    config = configured(case, TARGETS["quick"], 0, {**contender.choices, "lr": 1e-3, "max_steps": 6})
+    model, row = forgotten(case, contender, config)
+    assert [type(module) for module in model.modules()] == [type(module) for module in case.model.modules()]
+    found = score_answers(model, case.sets["forget"])["probability"]
+    assert row["trace"][-1]["step"] == row["steps"]
+    assert row["trace"][-1]["forget"] == pytest.approx(sum(found) / len(found), rel=1e-3)
+    assert moved(model, case.model) > 0
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+
+
+def test_a_model_that_was_taught_is_read_from_its_folder(tmp_path: Path, case: Case) -> None:
+    made = []
+
+    def make():
+        made.append(SHAPES["llama"](1000, 8, 1))
+        return made[-1]
+
+    first, second = (memorizing(tmp_path / "model", case.sets["world"][:2], make) for _ in range(2))
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*more: str) -> dict:
+        words = ["forgetting", "--quick", "--out", str(tmp_path), "--contenders", "first order, all weights, bounded"]
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        monkeypatch.setattr(all_cells, "SHAPES", ("llama",))
+        all_cells.main()
+        return json.loads((tmp_path / "lasting_quick_cpu_202611.json").read_text())
+
+    first = run("simu")
+    assert [row["method"] for row in first["rows"]] == [
+        "before",
+        "retrained",
+        "first order, all weights, bounded",
+        "simu",
+    ]
+    assert all(row["forget"]["probability"] <= 0.5 for row in first["rows"] if row.get("reached"))
+    # A row of an older file, with few measures, stays as it is.
+    first["rows"][-1] = {"seed": 0, "method": "simu", "forget": {"probability": 0.25}, "back": {"probability": 0.5}}
+    del first["rows"][2]
+    (tmp_path / "lasting_quick_cpu_202611.json").write_text(json.dumps(first))
+    again = run("simu")
+    assert [row["method"] for row in again["rows"]] == [
+        "before",
+        "retrained",
+        "simu",
+        "first order, all weights, bounded",
+    ]
+    assert again["rows"][:3] == first["rows"] and again["tries"] == first["tries"]
+
+
+def test_what_a_row_lacks_is_not_measured(case: Case) -> None:
+    found = measured(case.model, case)
+    assert {"moved", "forget", "retain", "world"} == set(found)
+    assert found["retain"]["kept"] == pytest.approx(1.0)
