@@ -19,7 +19,12 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import BATCH, Case, demo_case
-from benchmarks.forgetting.lasting import TARGETS, Row, attacked, measured, run
+from benchmarks.forgetting.harness.contenders import Contender
+from benchmarks.forgetting.harness.measures import measured
+from benchmarks.forgetting.harness.running import forgotten
+from benchmarks.forgetting.harness.targets import TARGETS
+from benchmarks.forgetting.lasting import Row, attacked
+from benchmarks.forgetting.lasting import configured as config_of
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import NeuronSelection, SIMUOptimizer, attribute_neurons, register_neuron_hooks
 from torch_simu.optimizer import GradientBalance
@@ -37,7 +42,9 @@ Variant = Callable[[Case, int], tuple[PreTrainedModel, Row]]
 
 def configured(case: Case, seed: int, **choices: object) -> tuple[PreTrainedModel, Row]:
     """The driver's run."""
-    return run(case, TARGET, seed, {"method": "simu", "paced": False, "lr": LR, **choices})
+    choices = {"method": "simu", "paced": False, "lr": LR, **choices}
+    contender = Contender(choices=choices, unit="shares")
+    return forgotten(case, contender, config_of(case, TARGET, seed, choices), traced=False)
 
 
 def looped(

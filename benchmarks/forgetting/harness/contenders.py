@@ -107,6 +107,9 @@ CONTROLS = ("random columns of all layers", "attention only")
 CONTENDERS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),
     "simu with an adversary": Contender(choices={**STEP, "adversary_lr": 3e-4}, unit="shares"),
+    "simu with an adversary of all weights": Contender(
+        choices={**STEP, "adversary_lr": 3e-4, "adversary_scope": "all"}, unit="shares"
+    ),
     "fo_graddiff": Contender(choices=FIRST, unit="weights"),
     "so_graddiff": Contender(choices={"method": "so_graddiff"}, unit="weights"),
     "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),
