@@ -30,7 +30,7 @@ from torch_simu.unlearning.metrics.evaluate import evaluate
 from torch_simu.unlearning.progress import Progress, part_of, renamed
 from torch_simu.unlearning.report.report import MEASURES, Measures, MethodResult
 
-_TAUGHT: Mapping[str, Sequence[str]] = MappingProxyType(
+TAUGHT: Mapping[str, Sequence[str]] = MappingProxyType(
     {"before": ("forget", "retain", "world"), "retrained": ("retain", "world")}
 )
 """Model that is taught -> the sets that it learns by heart. All others are made of the first."""
@@ -145,7 +145,7 @@ def models_of(methods: Sequence[str]) -> list[str]:
         >>> models_of(["simu"])
         ['before', 'simu', 'retrained']
     """
-    first, last = _TAUGHT
+    first, last = TAUGHT
     return [first, *methods, last]
 
 
@@ -176,12 +176,12 @@ class DemoModels:
 
     @cached_property
     def _base(self) -> tuple[PreTrainedModel, float]:
-        return self._taught(next(iter(_TAUGHT)))
+        return self._taught(next(iter(TAUGHT)))
 
     def _made(self, name: str) -> Finished:
         recipe, fiction, told = self.recipe, self.fiction, renamed(self.progress, f"{name}: {{}}".format)
-        if name in _TAUGHT:
-            model, seconds = self._base if name == next(iter(_TAUGHT)) else self._taught(name)
+        if name in TAUGHT:
+            model, seconds = self._base if name == next(iter(TAUGHT)) else self._taught(name)
             back = relearned(model, fiction.examples["forget"], recipe.attack, progress=told)
             return Finished(MethodResult(measured(model, fiction, progress=told), 0.0, 0, seconds, 0, back))
         config = recipe.unlearning.updated(method=name, seed=self.seed, **recipe.tuned[name])
@@ -196,7 +196,7 @@ class DemoModels:
                 return model, seconds
         started = time.perf_counter()
         told = renamed(self.progress, f"{name}: {{}}".format)
-        model = train_base(self.fiction, self.recipe, self.seed, _TAUGHT[name], progress=told)
+        model = train_base(self.fiction, self.recipe, self.seed, TAUGHT[name], progress=told)
         seconds = time.perf_counter() - started
         if self.saved is not None:
             self.saved.save_taught(name, model, seconds)
