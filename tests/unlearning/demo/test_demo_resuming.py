@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.faults.killing import child
 from tests.unlearning.demo.tiny import TINY, signaled, tiny_command
 from torch_simu.cli.app import main
 from torch_simu.unlearning.config import METHODS
+from torch_simu.unlearning.demo import attacked, demo
 from torch_simu.unlearning.demo.demo import DemoResult, run_demo
 from torch_simu.unlearning.report.runs import how_to_go_on
 
@@ -105,6 +107,14 @@ def test_each_row_is_in_the_file_before_it_is_shown(tmp_path: Path) -> None:
     assert how_to_go_on(path.parent).endswith(f"to go on after 4 finished models ({', '.join(NAMES)}).")
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo that was stopped after its first method."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    stopped(folder, "fo_graddiff: unlearn")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -114,9 +124,9 @@ def test_each_row_is_in_the_file_before_it_is_shown(tmp_path: Path) -> None:
     ],
 )
 def test_another_demo_is_refused_with_what_differs_and_harms_nothing(
-    change: dict[str, object], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, object], told: str, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(tmp_path / "run", "simu_graddiff: unlearn")
+    shutil.copytree(half, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     if "version" in change:
         monkeypatch.setattr("torch_simu.unlearning.report.report.package_version", lambda name: change["version"])
@@ -131,8 +141,8 @@ def test_a_demo_that_finished_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
     stopped(tmp_path / "run", "before: attack relearn")
     # As a kill leaves it that comes before anything else is written.
     (tmp_path / "run" / "taught_before.safetensors").rename(tmp_path / "run" / ".results.json.x.torch-simu")
-    rows = tiny(tmp_path / "run", seed=1).report.to_json()["methods"]
-    assert rows["before"]["forget"] != tiny().report.to_json()["methods"]["before"]["forget"]
+    result = run_demo(1, recipe=TINY, methods=(), checkpoint=tmp_path / "run")
+    assert result.report.seed == 1 == json.loads((tmp_path / "run" / "results.json").read_text())["seed"]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +156,10 @@ def test_a_demo_that_finished_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
         ("attribution_simu_graddiff.safetensors", b""),
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line_that_names_it(name: str, content: bytes, tmp_path: Path) -> None:
-    stopped(tmp_path / "run", "fo_graddiff: unlearn")
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(
+    name: str, content: bytes, half: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(half, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(name)) as error:
         tiny(tmp_path / "run")
@@ -192,11 +204,14 @@ def timeless(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_command_killed_then_interrupted_then_called_again_ends_with_the_same_bytes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, other = tmp_path / "place", tmp_path / "other"
     for each in (place, other):
         each.mkdir()
+    for name in ("plot_curves", "plot_attribution"):
+        monkeypatch.setattr(demo, name, lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
+    monkeypatch.setattr(attacked, "plot_attack", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
     killed, _ = child(command(place, at="fo_graddiff: measure", number=signal.SIGKILL), place)
     assert killed == -signal.SIGKILL and not (place / "out").exists()
     assert list(json.loads((place / "out.run" / "results.json").read_text())["methods"]) == ["before", "simu"]

@@ -65,7 +65,7 @@ class DemoPlan:
 
 def about(recipe: DemoRecipe | None = None, methods: Sequence[str] = tuple(METHODS)) -> str:
     """Say in a few sentences what a demo does."""
-    recipe, count = DemoRecipe() if recipe is None else recipe, len(methods)
+    recipe = DemoRecipe() if recipe is None else recipe
     forget, others, target = recipe.num_forget, recipe.num_forget * recipe.retain_per_forget, _target(recipe)
     back = ""
     if recipe.attack is not None:
@@ -73,9 +73,9 @@ def about(recipe: DemoRecipe | None = None, methods: Sequence[str] = tuple(METHO
         back = f" Every model is then taught one in {every} of them again, to see how much of the others comes back."
     return (
         f"A small Llama learns {FACTS_EACH} facts by heart about each of {forget} fictional people to forget, "
-        f"{others} others and {recipe.num_places} places. Then each of {count} method{'' if count == 1 else 's'} makes "
-        f"a copy of it forget the {FACTS_EACH * forget} facts about the first{target}: {', '.join(methods)}. One more "
-        f"model never learns them.{back}"
+        f"{others} others and {recipe.num_places} places. Then each method makes a copy of it forget the "
+        f"{FACTS_EACH * forget} facts about the first{target}: {', '.join(methods)}. One more model never learns "
+        f"them.{back}"
     )
 
 
