@@ -12,17 +12,26 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from torch_simu.cli.console import say
 from torch_simu.unlearning.progress import Progress as ProgressCallback
 
 _SECONDS = 10.0
 """Between two lines of one stage."""
+
+
+class _StageTime(TimeRemainingColumn):
+    """The time that a stage has left; that of the whole, whose parts differ, is in its note."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.fields["whole"] else super().render(task)
 
 
 @contextmanager
@@ -46,7 +55,7 @@ def staged(console: Console, whole: str) -> Iterator[ProgressCallback]:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        _StageTime(compact=True, table_column=Column(no_wrap=True)),
         # Beside long names a note goes on below; otherwise the numbers would be cut.
         TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
     )
@@ -57,11 +66,10 @@ def staged(console: Console, whole: str) -> Iterator[ProgressCallback]:
             if stage not in tasks:
                 for old in [name for name in tasks if name != whole and stage != whole]:
                     bars.remove_task(tasks.pop(old))
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            for task in bars.tasks:
-                if task.id == tasks[stage]:
-                    # Not by `update`, which forgets the speed with each new total: the expected end of a run moves.
-                    task.total = total
+                tasks[stage] = bars.add_task(stage, total=total, note=note, whole=stage == whole)
+            (task,) = (each for each in bars.tasks if each.id == tasks[stage])
+            # Not by `update`, which forgets the speed with each new total: the expected end of a run moves.
+            task.total = total
             bars.update(tasks[stage], completed=done, note=note)
 
         yield tell
