@@ -223,6 +223,10 @@ def test_the_command_killed_then_interrupted_then_called_again_ends_with_the_sam
     assert "2 of 9 models are finished; the others take less than a minute here." in " ".join(shown.split())
     told = "torch-simu: Interrupted. Call the same command again to go on after 5 finished models (before, simu, "
     assert errors.splitlines()[-1] == f"{told}fo_graddiff, so_graddiff, simu_graddiff)."
+    # Another one is refused before it says anything of that one.
+    assert child(command(place, "--seed", "1"), place)[0] == 1
+    shown, errors = capfd.readouterr()
+    assert shown == "" and "holds an unfinished demo with seed 0, expected seed 1." in errors
     assert sorted(path.name for path in place.iterdir()) == ["out.run"]
     assert child(command(place), place)[0] == child(command(other), other)[0] == 0
     assert [path.name for path in place.iterdir()] == ["out"]

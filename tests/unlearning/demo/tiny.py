@@ -39,8 +39,9 @@ TINY = DemoRecipe(
 @contextmanager
 def tiny_command(methods: Sequence[str] = tuple(METHODS)) -> Iterator[None]:
     """Let `torch-simu demo` be that demo in the block."""
-    run, make, about = demo.run_demo, plan.DemoPlan.make, plan.about
+    run, report, make, about = demo.run_demo, demo.empty_report, plan.DemoPlan.make, plan.about
     with (
+        patch.object(demo, "empty_report", lambda seed, recipe=TINY: report(seed, recipe)),
         patch.object(demo, "run_demo", lambda seed, **told: run(seed, recipe=TINY, methods=methods, **told)),
         patch.object(plan.DemoPlan, "make", lambda: make(TINY, methods)),
         patch.object(plan, "about", lambda: about(TINY, methods)),

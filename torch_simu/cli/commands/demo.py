@@ -24,13 +24,15 @@ def demo(out: options.Out = Path("simu-demo"), seed: options.Seed = 0, force: op
     It takes some minutes, and says at its beginning how many. A demo that was stopped goes on after the models that are
     finished when it is called again.
     """
-    from torch_simu.unlearning.demo.demo import run_demo
+    from torch_simu.unlearning.demo.checkpoint import DemoCheckpoint
+    from torch_simu.unlearning.demo.demo import empty_report, run_demo
     from torch_simu.unlearning.demo.plan import DemoPlan, about, duration
 
     console = Console()
     check_writable(out, force=force)
     check_plots()
     with locked(out, resumable=True) as run:
+        DemoCheckpoint.check(run, empty_report(seed).to_json())
         say(console, about())
         plan, before = DemoPlan.make(), finished_models(run)
         names, shown, left = list(plan.costs), list[str](), duration(plan.seconds(before))

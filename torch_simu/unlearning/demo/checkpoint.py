@@ -63,24 +63,30 @@ class DemoCheckpoint:
         Raises:
             ValueError: If the folder belongs to another demo, is damaged, or holds something else.
         """
+        cls.check(folder, report)
         folder.mkdir(parents=True, exist_ok=True)
         found = cls(folder)
         remove_leftovers(found._results)
+        if not found._begun():
+            write_json(found._results, report)
+        return found
+
+    @classmethod
+    def check(cls, folder: Path, report: Mapping[str, Any]) -> None:
+        """Raise what `open` would, and make nothing."""
+        found = cls(folder)
+        if not folder.exists():
+            return
         if not found._results.exists() and found._holds_more():
             wrong = f"Folder {str(folder)!r} is not empty and holds no unfinished demo"
             raise ValueError(problem(wrong, "an empty folder", "Give another, or remove it."))
-        # As JSON has it, in which a tuple is a list.
-        wanted = json.loads(json.dumps(report))
-        # A demo that was stopped before it saved anything is in nobody's way.
-        if found._results.exists() and (found._holds_more() or found._read()["methods"]):
-            found._check(wanted)
-        else:
-            write_json(found._results, wanted)
-        return found
+        if found._begun():
+            # As JSON has it, in which a tuple is a list.
+            found._compare(json.loads(json.dumps(report)))
 
     def remove_if_empty(self) -> None:
         """Remove the folder where nothing of the demo was finished yet, so that another one finds no rest of it."""
-        if self._results.exists() and not self._holds_more() and not self._read()["methods"]:
+        if self._results.exists() and not self._begun():
             self._results.unlink()
             self.folder.rmdir()
 
@@ -146,6 +152,10 @@ class DemoCheckpoint:
     def _taught(self, name: str) -> Path:
         return self.folder / f"{TAUGHT}{name}.safetensors"
 
+    def _begun(self) -> bool:
+        # A demo that was stopped before it saved anything is in nobody's way.
+        return self._results.exists() and (self._holds_more() or bool(self._read()["methods"]))
+
     def _holds_more(self) -> bool:
         # What begins with a dot is half a file of a killed process.
         return any(path != self._results and not path.name.startswith(".") for path in self.folder.iterdir())
@@ -157,7 +167,7 @@ class DemoCheckpoint:
 
         return _read(self._results, read)
 
-    def _check(self, wanted: Mapping[str, Any]) -> None:
+    def _compare(self, wanted: Mapping[str, Any]) -> None:
         theirs = dict(_leaves({name: self._read().get(name) for name in _IDENTITY}))
         ours = dict(_leaves({name: wanted[name] for name in _IDENTITY}))
         names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]

@@ -59,6 +59,12 @@ class DemoResult:
         self.report.save(folder, plots)
 
 
+def empty_report(seed: int = 0, recipe: DemoRecipe | None = None) -> Report:
+    """Return the report of a demo before a model is finished: which demo it is."""
+    recipe = DemoRecipe() if recipe is None else recipe
+    return Report("torch_simu demo: forget fictional people", seed, {}, recipe.to_json())
+
+
 def run_demo(
     seed: int = 0,
     *,
@@ -91,7 +97,7 @@ def run_demo(
     recipe = DemoRecipe() if recipe is None else recipe
     for method in methods:
         check_choice("method", method, tuple(METHODS))
-    report = Report("torch_simu demo: forget fictional people", seed, {}, recipe.to_json())
+    report = empty_report(seed, recipe)
     saved = None if checkpoint is None else DemoCheckpoint.open(Path(checkpoint), report.to_json())
     models = DemoModels(recipe, seed, saved, progress)
     found: dict[str, Finished] = {}
