@@ -21,6 +21,7 @@ GPU_ARGS ?=
 .PHONY: demo test some-tests check floors gpu docs format clean pretrained
 .DELETE_ON_ERROR:
 
+# Stopped, it goes on when it is called again; what it made before is replaced when the new one is complete.
 demo: $(VENV)/.demo
 	$(BIN)/torch-simu demo --out $(OUT) --force $(DEMO_ARGS)
 
@@ -64,6 +65,7 @@ $(BIN)/python:
 
 # A stamp says that an install is complete; it is older than these files when they ask for something else.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch_simu and what it needs into $(VENV), once; that takes some minutes."
 	$(PIP) -e ".[demo]"
 	touch $@
 

@@ -75,7 +75,12 @@ def prepare(data: Path, work: Path, seed: int) -> None:
     )
     model = LlamaForCausalLM(config)
     training = TrainConfig(epochs=60, lr=2e-3, batch_size=16, seed=seed)
-    memorize(model, encode(rows, tokenizer), config=training, progress=lambda *told: sys.stderr.write(f"{told}\n"))
+
+    def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        if done % 100 == 0 or done == total:
+            sys.stderr.write(f"{stage} {done}/{total} {note}\n")
+
+    memorize(model, encode(rows, tokenizer), config=training, progress=tell)
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
 

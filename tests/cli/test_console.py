@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ from rich.console import Console
 
 from tests.language import ROWS, tiny_model, word_tokenizer
 from torch_simu import cli
-from torch_simu.cli.console import plain, progress_bars, quiet_casts, say, show_attacks, show_report
+from torch_simu.cli.bars import staged
+from torch_simu.cli.console import plain, progress_bars, quiet_casts, say, show_attacks, show_report, show_rows
 from torch_simu.unlearning.attack.result import AttackPoint, AttackResult
 from torch_simu.unlearning.report.report import MethodResult, Report
 
@@ -133,6 +135,87 @@ def test_what_comes_back_has_a_column_in_place_of_the_seconds() -> None:
     assert [line.rstrip() for line in narrow.splitlines()] == [line.rstrip() for line in lines]
     # Another attack is in the report.
     assert "back" not in table(("forget", "retain"), 0.5, None, None, None, {"round_8bit": back["relearn"]})
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on(monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO], **variables: str) -> io.StringIO:
+    """Let standard error be a terminal or a file."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", **variables}.items():
+        monkeypatch.setenv(name, value)
+    written = kind()
+    monkeypatch.setattr(sys, "stderr", written)
+    return written
+
+
+@pytest.mark.parametrize("dumb", [False, True])
+def test_where_there_is_no_terminal_a_stage_gets_a_line_when_it_is_complete_and_each_ten_seconds(
+    dumb: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors, now = on(monkeypatch, Terminal if dumb else io.StringIO, TERM="dumb"), [0.0]
+    monkeypatch.setattr("torch_simu.cli.bars.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    with staged(Console(file=out), "all of it") as tell:
+        for number in range(10):
+            tell("all of it", number, 10)
+            for step in range(1, 101):
+                now[0] += 0.25
+                tell(f"[b]stage[/b] {number}", step, 100, f"at {step}")
+            # Told again, it is not said again.
+            tell(f"[b]stage[/b] {number}", 100, 100, "at 100")
+    lines = errors.getvalue().splitlines()
+    assert lines[:3] == [f"[b]stage[/b] 0: {step} of 100, at {step}" for step in (41, 81, 100)]
+    assert len(lines) == 30 and "all of it" not in errors.getvalue() and out.getvalue() == ""
+
+
+@pytest.mark.parametrize("where", ["both", "errors"])
+def test_on_a_terminal_there_is_one_bar_of_the_whole_and_one_of_the_stage_and_nothing_is_cut(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = on(monkeypatch, Terminal)
+    out = Terminal() if where == "both" else io.StringIO()
+    console = Console(file=out, width=80)
+    drawn, quiet = (out, errors) if where == "both" else (errors, out)
+    with staged(console, "models") as tell:
+        tell("models", 3, 9, "about 2 minutes left")
+        for name in ("simu: unlearn", "attention_only: attack relearn", "random_neurons: attribute retain"):
+            before = len(drawn.getvalue())
+            for step in range(1200):
+                tell(name, step, 1200, "forget prob. 0.412 (target 0.1), about 17 steps left")
+            time.sleep(0.25)
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue()[before:])
+            words = shown.split()
+            assert {*name.split(), "models", "3/9", "1199/1200", "0.412", "(target", "17", "left"} <= set(words)
+            assert "…" not in shown and max(map(len, re.split("[\r\n]", shown))) <= 80
+            # The stages before are gone.
+            assert len({word for word in words[-40:] if word.endswith(":")}) == 1
+        say(console, "a row")
+    assert "a row" in out.getvalue() and (quiet.getvalue() in ("", "a row\n"))
+
+
+def test_rows_that_are_printed_one_by_one_are_the_lines_of_the_table() -> None:
+    back = {"relearn": {"probability": 0.617, "es": 0.25}}
+    names = ("before", "simu_graddiff", "all_neurons")
+    sets = ("forget", "retain", "world")
+    results = {
+        name: MethodResult(dict.fromkeys(sets, MEASURES), 0.0165 * number, 10**number, 1.0, 7, back)
+        for number, name in enumerate(names)
+    }
+    whole, line_by_line = io.StringIO(), io.StringIO()
+    show_report(Console(file=whole, width=80), Report("Title", 0, results))
+    show = show_rows(Console(file=line_by_line, width=80), names)
+    for name, result in results.items():
+        show(name, result)
+    lines = line_by_line.getvalue().splitlines()
+    assert [line.split() for line in lines] == [line.split() for line in whole.getvalue().splitlines()[1:]]
+    assert max(map(len, lines)) <= 80 and len({line.rindex(" ") for line in lines[1:]}) == 1
 
 
 def test_attacks_are_shown_line_by_line_before_and_after() -> None:

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.killing import KILLED, child, content
 from tests.language import ROWS, tiny_model, word_tokenizer
+from tests.unlearning.demo.tiny import tiny_command
 from torch_simu import NeuronPatch, NeuronSelection
 from torch_simu.cli import jobs, recording
 from torch_simu.cli.app import main
+from torch_simu.unlearning.demo import demo
 from torch_simu.unlearning.report import facts
 
 FEW = 40
@@ -32,6 +34,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are written without being drawn: a command is called hundreds of times."""
     monkeypatch.setattr(jobs, "plot_curves", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
     monkeypatch.setattr(jobs, "plot_attribution", lambda *arguments, **options: arguments[1].write_bytes(b"plot"))
+    for name in ("plot_curves", "plot_attribution", "plot_brought_back"):
+        monkeypatch.setattr(demo, name, lambda *arguments, **options: [])
     # Otherwise no two reports were the same.
     monkeypatch.setattr(facts, "now", lambda: "2026-11-28T00:00:00+00:00")
     monkeypatch.setattr(recording, "new_key", lambda: "0f" * 32)
@@ -76,12 +80,24 @@ def works(originals: Path, place: Path) -> dict[str, Work]:
         "unlearn --max-steps 1": lambda: main(["unlearn", *model, *rows, *retain, *out, *short]),
         "attribute": lambda: main(["attribute", *model, *rows, *out]),
         "patch apply": lambda: main(patch),
+        "demo": lambda: tiny_demo(out),
     }
 
 
-def kills(operations: int) -> list[int]:
-    """The operations to be killed at: all by night; else of many every third, and the last, which place the result."""
+def tiny_demo(options: list[str]) -> None:
+    """A demo of one method."""
+    with tiny_command(("simu_graddiff",)):
+        main(["demo", *options])
+
+
+def kills(operations: int, name: str = "") -> list[int]:
+    """The operations to be killed at: all by night; else of many every third, and the last, which place the result.
+
+    Of the demo, which takes longest and places its result as the others do, one in fifteen.
+    """
     stride = 1 if operations < FEW or settings.get_current_profile_name() == "nightly" else 3
+    if name == "demo" and stride > 1:
+        return list(range(8, operations + 1, 15))
     return [number for number in range(1, operations + 1) if number % stride == 0 or number > operations - 20]
 
 
@@ -101,7 +117,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "place"
 
 
-@pytest.mark.parametrize("name", ["unlearn", "attribute", "patch apply"])
+@pytest.mark.parametrize("name", ["unlearn", "attribute", "patch apply", "demo"])
 def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behind(
     name: str, originals: Path, place: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -110,7 +126,7 @@ def test_a_command_killed_at_any_file_operation_goes_on_and_leaves_nothing_behin
     status, operations = child(work, place)
     assert status == 0 and operations >= 10
     expected = timeless(place)
-    chosen = kills(operations)
+    chosen = kills(operations, name)
     for number in chosen:
         emptied(place)
         assert child(work, place, number)[0] == KILLED, number

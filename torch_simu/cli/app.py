@@ -19,8 +19,9 @@ except ImportError as error:
 import torch_simu
 from torch_simu._checks import problem
 from torch_simu.cli.commands.attack import attack
+from torch_simu.cli.commands.demo import demo
 from torch_simu.cli.commands.help import examples, show_help
-from torch_simu.cli.commands.jobs import attribute, demo, evaluate, unlearn
+from torch_simu.cli.commands.jobs import attribute, evaluate, unlearn
 from torch_simu.cli.commands.patch import app as patch_app
 from torch_simu.cli.commands.recommend import recommend
 from torch_simu.cli.console import plain, quiet_casts, say

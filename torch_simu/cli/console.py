@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -16,11 +16,12 @@ from torch_simu.unlearning.attack.result import AttackResult
 from torch_simu.unlearning.pilot.recommendation import Recommendation
 from torch_simu.unlearning.progress import Progress as ProgressCallback
 from torch_simu.unlearning.report.page import plain as plain
-from torch_simu.unlearning.report.report import RELEARN, Report
+from torch_simu.unlearning.report.report import RELEARN, MethodResult, Report
 
 _WIDTH = 80
 _NAME = 20
 _TRY = 34
+_COST = len("20.1 MB")
 _MEASURED = "EM   ES   prob"
 _COSTS: Mapping[str, str] = MappingProxyType({"changed": "weights\nchanged", "state": "state", "seconds": "s"})
 """Column of `Report.costs` -> its title."""
@@ -101,6 +102,31 @@ def show_report(console: Console, report: Report) -> None:
         console.print(table)
     for note in report.notes:
         say(console, note, style="dim")
+
+
+def show_rows(console: Console, methods: Sequence[str]) -> Callable[[str, MethodResult], None]:
+    """Return what prints a report's table line by line, the titles before the first.
+
+    What it returns is called with a method and its result.
+
+    Args:
+        console: Where to.
+        methods: The names of all methods, so that the columns are wide enough for each.
+    """
+    begun: list[str] = []
+
+    def show(method: str, result: MethodResult) -> None:
+        table = _table(Report("", 0, {method: result}), list(result.sets), costs=True)
+        table.show_header = not begun
+        table.columns[0].width = min(_NAME, max(map(len, methods)))
+        for column in table.columns[1 + len(result.sets) :]:
+            # The lines are tables of their own, which do not know of each other.
+            column.min_width = _COST
+        table.columns[-1].min_width = len("back")
+        console.print(table)
+        begun.append(method)
+
+    return show
 
 
 def show_attacks(console: Console, title: str, models: Mapping[str, Mapping[str, AttackResult]]) -> None:

@@ -207,7 +207,8 @@ def _tell(progress: Progress, log: Sequence[Record], reached: bool, config: Unle
     """Tell the steps that were made of those that are expected, which the forget target makes fewer."""
     done = len(log)
     measured = [(each["step"], each["forget_probability"]) for each in log if "forget_probability" in each]
-    notes = [f"forget prob. {measured[-1][1]:.3f}"] if measured else []
+    target = "" if config.forget_target is None else f" (target {config.forget_target:g})"
+    notes = [f"forget prob. {measured[-1][1]:.3f}{target}"] if measured else []
     total = done if reached else config.max_steps
     if config.forget_target is not None and not reached:
         left = steps_left(measured, config.forget_target)

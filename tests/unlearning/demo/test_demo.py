@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import re
 
 import pytest
 
+from tests.unlearning.demo.tiny import TINY, tiny_command
 from tests.unlearning.test_driver import RECIPE
 from torch_simu.cli import app
 from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.demo.demo import run_demo
+from torch_simu.unlearning.demo.plan import DemoPlan, about
 
 SMALL = dataclasses.replace(
     RECIPE,
@@ -55,7 +59,7 @@ def test_relearning_is_tried_on_every_model_and_brings_back_what_was_known(demo)
 
 
 def test_a_recipe_without_an_attack_makes_none(tmp_path):
-    quiet = dataclasses.replace(SMALL, attack=None)
+    quiet = dataclasses.replace(TINY, attack=None)
     result = run_demo(3, recipe=quiet, methods=("fo_graddiff",))
     assert all("attack" not in row for row in figures(result).values())
     assert not any("`back`" in note for note in result.report.notes)
@@ -63,37 +67,68 @@ def test_a_recipe_without_an_attack_makes_none(tmp_path):
     assert not (tmp_path / "attack.png").exists() and "attack.png" not in (tmp_path / "report.md").read_text()
 
 
-def test_the_same_seed_gives_the_same_numbers(demo):
-    assert figures(run_demo(3, recipe=SMALL)) == figures(demo)
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
+    first, again, other = (figures(run_demo(seed, recipe=TINY)) for seed in (3, 3, 4))
+    assert first == again != other
 
 
-def test_the_command_writes_report_plots_and_logs(tmp_path, monkeypatch, capsys):
-    from torch_simu.unlearning.demo import demo as module
-
-    told = []
-
-    def small(seed, *, progress):
-        def tell(stage, done, total, note=""):
-            told.append(stage)
-            progress(stage, done, total, note)
-
-        return run_demo(seed, recipe=SMALL, methods=("simu_graddiff", "fo_graddiff"), progress=tell)
-
-    monkeypatch.setattr(module, "run_demo", small)
-    with pytest.raises(SystemExit) as stop:
+def test_the_command_says_what_it_does_and_writes_report_plots_and_logs(tmp_path, capsys):
+    with tiny_command(("simu_graddiff", "fo_graddiff")), pytest.raises(SystemExit) as stop:
         app.main(["demo", "--out", str(tmp_path / "out"), "--seed", "1"])
     assert stop.value.code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["seed"] == 1 and set(report["methods"]) == {"before", "simu_graddiff", "fo_graddiff", "retrained"}
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"report.md", "forgetting.png", "attack.png", "attribution.png", "steps_simu_graddiff.jsonl"}
-    lines = capsys.readouterr().out.splitlines()
+    shown, told = capsys.readouterr()
+    lines = shown.splitlines()
     table = [line for line in lines if line.startswith(("before", "simu_graddiff", "fo_graddiff", "retrained"))]
     assert len([line for line in table if "%" in line]) == 4 and max(map(len, table)) <= 80
-    assert {
-        "train",
-        "retrain",
-        "simu_graddiff: unlearn",
-        "simu_graddiff: attack relearn",
-        "train: attack relearn",
-    } <= set(told)
+    # At once what is done, for how long, and where it goes; a line when a stage is complete.
+    said = " ".join(shown.split())
+    assert said.startswith(
+        "A small Llama learns 4 facts by heart about each of 3 fictional people to forget, 3 others and"
+    )
+    assert "each method makes a copy of it forget the 12 facts about the first" in said
+    assert "at most 0: simu_graddiff, fo_graddiff. One more model never learns them." in said
+    assert "That takes less than a minute here. Report and plots will be in" in said
+    assert "/out.run/results.json,andthesamecommandgoesonfromthereifitisstopped." in said.replace(" ", "")
+    stages = ["train", "attack relearn", "measure"]
+    expected = [f"before: {stage}" for stage in stages]
+    expected += [f"simu_graddiff: attribute {each}" for each in ("forget", "retain")]
+    for method in ("simu_graddiff", "fo_graddiff"):
+        expected += [f"{method}: {stage}" for stage in ("unlearn", "measure", "attack relearn")]
+    expected += [*(f"retrained: {stage}" for stage in stages), "report"]
+    assert [re.fullmatch(r"(.+): (\d+) of \2(, .+)?", line)[1] for line in told.splitlines()] == expected
+    assert re.search(r"^before: train: 9 of 9, EM 0\.\d{3}, target 1$", told, re.MULTILINE)
+    assert re.search(r"^fo_graddiff: unlearn: 2 of 2, forget prob\. 0\.\d{3} \(target 0\)$", told, re.MULTILINE)
+    assert re.search(r"^fo_graddiff: attack relearn: 2 of 2, back to prob\. 0\.\d{3}$", told, re.MULTILINE)
+
+
+def test_a_plan_is_the_less_the_more_is_finished_and_corrected_by_the_time_it_took():
+    plan = DemoPlan.make(SMALL)
+    names = list(plan.costs)
+    assert names == ["before", *METHODS, "retrained"] and plan.seconds_per_row > 0
+    left = [plan.seconds(names[:count]) for count in range(len(names) + 1)]
+    assert left[0] > 0 and left[-1] == 0 and all(more > less for more, less in itertools.pairwise(left))
+    # Twice as slow as was expected of the first three, the first of which was finished before.
+    took = 2 * (left[1] - left[3])
+    assert plan.left(names[:3], names[:1], took) == pytest.approx(2 * left[3])
+    assert plan.left(names[:1], names[:1], 5.0) == left[1]
+
+
+def test_the_costs_of_a_plan_are_in_proportion_to_the_work():
+    def costs(**changes):
+        return DemoPlan.make(dataclasses.replace(SMALL, **changes)).costs
+
+    usual = costs(attack=None)
+    longer = costs(attack=None, unlearning=SMALL.unlearning.updated(max_steps=40))
+    assert longer["before"] == usual["before"] and longer["fo_graddiff"] > 3 * usual["fo_graddiff"]
+    assert usual["retrained"] < usual["before"] and usual["simu"] > usual["fo_graddiff"]
+    assert all(costs()[name] > usual[name] for name in usual)
+
+
+def test_what_is_said_of_a_demo_without_attack_and_target_names_neither():
+    quiet = dataclasses.replace(SMALL, attack=None, unlearning=SMALL.unlearning.updated(forget_target=None))
+    said = about(quiet, ("simu",))
+    assert said.endswith("forget the 16 facts about the first: simu. One more model never learns them.")

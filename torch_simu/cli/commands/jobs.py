@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import typer
@@ -16,8 +15,6 @@ from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
 from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import MethodName, Rule, UnlearnConfig
-from torch_simu.unlearning.report.folder import check_writable, locked, whole_folder
-from torch_simu.unlearning.report.plots import check_plots
 
 _RUN = UnlearnConfig()
 _PUBLISHED = UnlearnConfig(method="simu_graddiff")
@@ -31,22 +28,6 @@ _NOT_REACHED = 3
 
 def _attack(asked: bool, batch_size: int, seed: int = 0) -> AttackConfig | None:
     return AttackConfig(batch_size=batch_size, eval_batch_size=batch_size, seed=seed) if asked else None
-
-
-def demo(out: options.Out = Path("simu-demo"), seed: options.Seed = 0, force: options.Force = False) -> None:
-    """Train a small model on fictional people, make it forget some of them by every method, and compare."""
-    from torch_simu.unlearning.demo.demo import run_demo
-
-    console = Console()
-    check_writable(out, force=force)
-    check_plots()
-    with locked(out):
-        with progress_bars(console) as progress:
-            result = run_demo(seed, progress=progress)
-        with whole_folder(out, force=force) as folder:
-            result.save(folder)
-    show_report(console, result.report)
-    say(console, f"Report, plots and step logs: {out}")
 
 
 def unlearn(

@@ -14,7 +14,7 @@ from torch_simu.unlearning.attack.low_rank import check_peft, why_not
 from torch_simu.unlearning.attack.result import AttackPoint, AttackResult, measure_scored
 from torch_simu.unlearning.attack.rounding import rounded_to_4_bits, rounded_to_8_bits
 from torch_simu.unlearning.attack.rows import check_unscored, split_rows, with_shots
-from torch_simu.unlearning.attack.teaching import teach
+from torch_simu.unlearning.attack.teaching import brought_back, teach
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits, num_positions
 from torch_simu.unlearning.progress import Progress
@@ -104,13 +104,13 @@ def attack_model(
                 skipped = _NO_ROOM
             else:
                 trace = [measure(prompted)]
-        told(total)
+        told(total, brought_back(trace))
         found[name] = AttackResult(before, tuple(trace), len(scored), count, skipped)
     return found
 
 
-def _told(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
-    return lambda done: None if progress is None else progress(stage, done, total)
+def _told(progress: Progress | None, stage: str, total: int) -> Callable[[int, str], None]:
+    return lambda done, note: None if progress is None else progress(stage, done, total, note)
 
 
 def relearning(results: Mapping[str, AttackResult], *, reference: float | None = None) -> str:

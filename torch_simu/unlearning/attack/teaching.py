@@ -30,7 +30,7 @@ def teach(
     config: AttackConfig,
     pad_id: int = 0,
     rank: int | None = None,
-    told: Callable[[int], None] | None = None,
+    told: Callable[[int, str], None] | None = None,
 ) -> list[AttackPoint]:
     """Teach rows to a copy of a model, once for each rate, and measure the scored rows on the way.
 
@@ -44,7 +44,7 @@ def teach(
         config: Rates, steps and how often is measured.
         pad_id: The token id to pad with.
         rank: Train LoRA matrices of this rank, at `RATE_RATIO` times the rates; None: all that trains in the copy.
-        told: Called with the number of steps that were made over all rates.
+        told: Called with the number of steps that were made over all rates, and what came back at most so far.
 
     Returns:
         The measurements, in order.
@@ -76,7 +76,17 @@ def teach(
                         break
                     points.append(point)
                 if told is not None:
-                    told(number * config.steps + step)
+                    told(number * config.steps + step, brought_back(points))
             # Its moments would be a second copy beside those of the next rate.
             del optimizer
     return points
+
+
+def brought_back(points: Sequence[AttackPoint]) -> str:
+    """Say in a few words what came back at most in some measurements; nothing where there is none.
+
+    Examples:
+        >>> brought_back([AttackPoint(0.25, 0.0), AttackPoint(0.125, 0.0)])
+        'back to prob. 0.250'
+    """
+    return f"back to prob. {max(point.probability for point in points):.3f}" if points else ""

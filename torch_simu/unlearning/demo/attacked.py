@@ -14,9 +14,6 @@ from torch_simu.unlearning.progress import Progress
 from torch_simu.unlearning.report.plots import plot_attack
 from torch_simu.unlearning.report.report import Measures, MethodResult
 
-SHORT_ATTACK = AttackConfig(rates=(2e-4, 1e-3), steps=30, interval=10, batch_size=24, eval_batch_size=128)
-"""An attack that takes a small part of the demo's time."""
-
 
 def relearned(
     model: PreTrainedModel,

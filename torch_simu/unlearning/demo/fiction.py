@@ -61,6 +61,9 @@ _FACTS = (
     ("What is {name} famous for?", "the {manner} {work} of {material} {subject}"),
     ("What is kept in honor of {name}?", "{manner} {subject} on {material} and {other_material} {work}s"),
 )
+FACTS_EACH = len(_FACTS)
+"""Rows of each person and place."""
+
 _FRAME_WORDS = "Question Answer : ? ."
 _PAD, _UNKNOWN, _END = "<pad>", "<unk>", "<eos>"
 

@@ -66,7 +66,7 @@ def memorize(
         examples: Encoded rows.
         config: How to train.
         pad_id: The token id to pad with.
-        progress: Told of the stage "train", in epochs.
+        progress: Told of the stage "train", in steps, with what is known by heart so far and where the training stops.
 
     Returns:
         The mean exact memorization that was reached, in [0, 1].
@@ -77,11 +77,10 @@ def memorize(
     config = TrainConfig() if config is None else config
     batches = Batches(examples, min(config.batch_size, max(1, len(examples))), config.seed, pad_id)
     per_epoch = batches.steps_per_epoch
+    total = config.epochs * per_epoch
     optimizer = AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warm_cosine(step, 2 * per_epoch, config.epochs * per_epoch)
-    )
-    em = 0.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, 2 * per_epoch, total))
+    em, note = 0.0, f"EM target {config.em_target:g}"
     with mode(model, training=True):
         for epoch in range(config.epochs):
             for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
@@ -92,15 +91,18 @@ def memorize(
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+                if progress is not None:
+                    progress("train", step + 1, total, note)
             if not math.isfinite(loss.item()):
                 raise ValueError(problem(f"The training loss is {loss.item()}", "a finite number", "Lower lr."))
             if (epoch + 1) % config.check_interval == 0 or epoch + 1 == config.epochs:
                 scores = score_answers(model, examples, batch_size=128, pad_id=pad_id)["em"]
                 em = sum(scores) / len(scores)
-            if progress is not None:
-                progress("train", epoch + 1, config.epochs, f"EM {em:.3f}")
+                note = f"EM {em:.3f}, target {config.em_target:g}"
             if em >= config.em_target:
                 break
+        if progress is not None:
+            progress("train", (epoch + 1) * per_epoch, (epoch + 1) * per_epoch, note)
     return em
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 Measures = Mapping[str, float]
 """The `MEASURES` of one set, each in [0, 1]."""
@@ -61,6 +62,18 @@ class MethodResult:
         }
         attack = {} if self.attack is None else {"attack": {name: dict(each) for name, each in self.attack.items()}}
         return {**sets, **{name: value for name, value in costs.items() if value is not None}, **attack}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> MethodResult:
+        """Return the result whose row this is, as `to_json` returned it.
+
+        Examples:
+            >>> row = {"forget": {"em": 0.5}, "steps": 7, "attack": {"relearn": {"probability": 0.25, "es": 0.0}}}
+            >>> MethodResult.from_json(row).to_json() == row
+            True
+        """
+        costs = {field.name: row[field.name] for field in fields(cls) if field.name != "sets" and field.name in row}
+        return cls({name: part for name, part in row.items() if name not in costs}, **costs)
 
     def costs(self) -> dict[str, str]:
         """Return what is known of the work, in words: "changed", "state", "steps" and "seconds"."""
