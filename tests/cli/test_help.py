@@ -139,7 +139,11 @@ def test_an_option_of_unlearn_reaches_the_field_of_its_name_and_no_other(option,
 
 @pytest.mark.parametrize(
     ("option", "given", "field"),
-    [("scope", "global", "scope"), ("rows", 11, "attribution_rows"), ("budget", "90s", "attribution_budget")],
+    [
+        ("scope", "global", "scope"),
+        ("rows", 11, "attribution_rows"),
+        ("budget", "90s", "attribution_budget"),
+    ],
 )
 def test_an_option_of_attribute_reaches_its_field_and_no_other(option, given, field, configured):
     call(*ATTRIBUTE)

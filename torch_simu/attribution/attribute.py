@@ -24,7 +24,7 @@ from torch_simu.attribution.frozen import frozen
 from torch_simu.attribution.methods.call import device_of
 from torch_simu.attribution.methods.decode import decode_rows, decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
-from torch_simu.attribution.methods.memory import Memory, check_memory
+from torch_simu.attribution.methods.memory import Memory, check_memory, limit_of
 from torch_simu.attribution.methods.packed.growing import blocks_of
 from torch_simu.attribution.methods.packed.sums import packed_rows, packed_sums
 from torch_simu.attribution.methods.prefix import prefix_rows, prefix_sums
@@ -163,8 +163,8 @@ def attribute_neurons(
     sequences = collect_sequences(batches)
     with frozen(model), fresh_positions(model):
         check_linear(model, sequences[-1].ids[None].to(device_of(model)), layers)
+        chosen = _chosen(model, sequences, layers, path, Memory(limit_of(model, memory)), method)
         occupied = Memory.of(model, sequences[-1].ids, memory)
-        chosen = _chosen(model, sequences, layers, path, occupied, method)
         provenance: dict[str, object] = {
             "objective": objective,
             "rule": rule,

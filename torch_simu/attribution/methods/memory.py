@@ -23,7 +23,7 @@ class Memory:
 
     Args:
         limit: Bytes.
-        per_token: Bytes that a token takes between forward and backward pass.
+        per_token: Bytes that a token takes between forward and backward pass; hardly any, where few tokens are run.
 
     Examples:
         >>> Memory(limit=1000, per_token=30).tokens
@@ -31,7 +31,7 @@ class Memory:
     """
 
     limit: int
-    per_token: int
+    per_token: int = 1
 
     @property
     def tokens(self) -> int:
