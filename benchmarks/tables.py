@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks import scale
 from benchmarks.forgetting.recommended import recommended
+from benchmarks.planted.budgets import quality
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
@@ -271,6 +272,7 @@ TABLES = {
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
     "attribution_budget": lambda: budgets(loaded("attribution_budget")["rows"]),
+    "attribution_quality": lambda: quality(loaded("attribution_quality")["rows"]),
     "knockout": knockout,
     "hooks": hooks,
     "planted": planted,
