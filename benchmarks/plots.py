@@ -12,7 +12,7 @@ from statistics import mean
 from matplotlib.axes import Axes
 
 from benchmarks.tables import loaded
-from torch_simu.unlearning.report.style import COLORS, label_ends, looks, new_figure, save_figure, styled
+from torch_simu.unlearning.report.style import COLORS, INK, label_ends, looks, new_figure, save_figure, styled
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
@@ -117,6 +117,33 @@ def relearning(axes: Axes) -> None:
     label_ends(axes, ends, drawn)
 
 
+def budgets(axes: Axes) -> None:
+    """Which share of the top neurons each way names, against the passes that a row takes."""
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in loaded("attribution_quality")["rows"]:
+        points.setdefault(row["where"], {}).setdefault(row["way"], []).append((row["passes"], row["layer"]))
+    for row in loaded("attribution_budget")["rows"]:
+        if "passes" in row:
+            points.setdefault("pretrained", {}).setdefault(row["way"], []).append((row["passes"], row["layer"]))
+    drawn = looks(list(points))
+    # Fewer tokens, and older code, are no points of the curve.
+    ways = ({way: at for way, at in each.items() if not way.endswith(("tokens", "before"))} for each in points.values())
+    points = dict(zip(points, ways, strict=True))
+    for where, ways in points.items():
+        color, marker = drawn[where]
+        middle = {way: (found[0][0], mean(share for _, share in found)) for way, found in ways.items()}
+        steps = [place for way, place in middle.items() if way.startswith("gradient")]
+        path = sorted(place for way, place in middle.items() if not way.startswith("gradient"))
+        axes.plot(*zip(*path, strict=True), "-", marker=marker, color=color, label=where)
+        axes.plot(*zip(*steps, strict=True), linestyle="none", marker="x", markersize=7, color=color)
+    axes.axhline(0.9, color=INK, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("passes of a row (left is better; crosses: gradient x activation)")
+    axes.set_ylabel("share of the top 10 % of each layer (higher is better)")
+    axes.legend(frameon=False, loc="lower right")
+
+
 def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -> None:
     """Write one plot."""
     with styled():
@@ -130,6 +157,7 @@ def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -
 def main() -> None:
     draw("attribution_time", times, 8, 4.2)
     draw("knockout", knockout, 6.4, 4.4)
+    draw("attribution_budgets", budgets, 6.8, 4.2)
     draw("directions", directions, 6.8, 4.2)
     draw("relearning", relearning, 6.8, 4.4)
 

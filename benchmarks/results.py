@@ -29,7 +29,7 @@ def environment() -> dict[str, object]:
 def command() -> str:
     """How this script was called, without the folders of this machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python -m", sys.modules["__main__"].__spec__.name, *words])
+    return " ".join(["python -m", sys.modules["__main__"].__spec__.name.removesuffix(".__main__"), *words])
 
 
 def write_result(path: Path, *, claim: str, force: bool = False, **content: object) -> None:

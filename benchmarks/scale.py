@@ -110,8 +110,12 @@ def scores(model: Model) -> int:
 
 
 def attribution_flops(model: Model, samples: int) -> float:
-    """Operations of packed attribution at most: a pass of each sample for each layer and path point, and back."""
-    return 4.0 * samples * PATH_POINTS * model.layers * model.used
+    """Operations of packed attribution: of each sample, layer and path point a pass from the layer up, and back.
+
+    The end at zero is a point without a way back.
+    """
+    above = model.block(model.active) * (model.layers + 1) / 2 + model.vocabulary * model.d_model
+    return 4.0 * samples * (PATH_POINTS + 0.5) * model.layers * above
 
 
 def step_flops(model: Model, tokens: int) -> float:

@@ -9,6 +9,7 @@ from statistics import mean, median
 from benchmarks import scale
 from benchmarks.forgetting.harness.tables import kept_and_back
 from benchmarks.forgetting.recommended import recommended
+from benchmarks.planted.budgets import quality
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 
@@ -243,6 +244,7 @@ TABLES = {
     "optimizer_memory": lambda: memory("bar", 0.05),
     "attribution": methods,
     "attribution_budget": lambda: budgets(loaded("attribution_budget")["rows"]),
+    "attribution_quality": lambda: quality(loaded("attribution_quality")["rows"]),
     "knockout": knockout,
     "hooks": hooks,
     "planted": planted,

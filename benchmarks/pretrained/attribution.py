@@ -2,17 +2,20 @@
 
 Quality is the share of the top 10 % of neurons, of each layer and of the model, that 32 Gauss-Legendre points name,
 too: they are exact for polynomials up to degree 63, 64 midpoints up to degree 1. The cost is the processor time of the
-whole call. What is done is noted after every row, and a second call goes on where the first stopped.
-Usage: python -m benchmarks.pretrained.attribution --work FOLDER [--facts 20] [--seeds 2] [--force]
+whole call. An older checkout of the package may be timed beside it. What is done is noted after every row, and a second
+call goes on where the first stopped.
+Usage: python -m benchmarks.pretrained.attribution --work FOLDER [--facts 20] [--seeds 2] [--before FOLDER] [--force]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,24 @@ from torch_simu.curvature import scored_logits
 FRACTION = 0.1
 REFERENCE = {"rule": "gauss", "steps": 32}
 DEFAULT = {"rule": "midpoint", "steps": 10}
-"""What the package took by default before there were others."""
-POINTS = [DEFAULT, *({"rule": "gauss", "steps": steps} for steps in (1, 2, 3, 4))]
-PASSES = (2, 11, 31)
+"""What the package takes by default."""
+POINTS = [DEFAULT, *({"rule": "gauss", "steps": steps} for steps in (1, 2, 3))]
+PASSES = (2, 6, 11, 16, 31)
+BEFORE = """
+import sys, time
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from torch_simu import attribute_neurons
+torch.set_num_threads(int(sys.argv[4]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval().requires_grad_(False)
+batches = torch.load(sys.argv[2])
+start = time.process_time()
+found = attribute_neurons(model, batches, method="packed", max_completeness_error=None)
+print(time.process_time() - start)
+found.save(sys.argv[3])
+"""
+"""The default of an older checkout, in a process of its own."""
 
 
 def batches_of(model: PreTrainedModel, folder: Path, count: int) -> list[dict[str, Tensor]]:
@@ -53,17 +71,19 @@ def batches_of(model: PreTrainedModel, folder: Path, count: int) -> list[dict[st
     return found
 
 
-def by_one_step(model: PreTrainedModel, batches: list[dict[str, Tensor]], predicting: bool) -> dict[str, Tensor]:
-    """Gradient x activation of all positions, or of those that predict a scored token; one backward pass per row."""
+def by_one_step(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], predicting: bool) -> dict[str, Tensor]:
+    """Gradient x activation of all positions, or of those that predict a scored token; one backward pass per batch."""
     total: dict[str, Tensor] = {}
     for batch in batches:
         labels = batch["labels"]
         mask = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)) if predicting else None
         with register_neuron_hooks(model, position_mask=mask) as captured:
-            logits, labels = scored_logits(model(input_ids=batch["input_ids"]).logits, labels)
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+            logits, labels = scored_logits(model(**inputs).logits, labels)
             (-torch.nn.functional.cross_entropy(logits, labels, reduction="sum")).backward()
         for name in captured:
             total[name] = total.get(name, 0.0) + captured[name].double()
+        model.zero_grad()
     return total
 
 
@@ -81,6 +101,17 @@ def ways(seeds: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
             yield f"budget {passes}", seed, {"budget": passes}
 
 
+def passes_of(way: str, num_layers: int) -> float:
+    """How many passes a row takes: one, its budget, or half a pass for each layer, point and the end at zero."""
+    words = way.split(",")[0].split()
+    if words[0] == "gradient":
+        return 1.0
+    count = float(words[1])
+    if words[0] == "budget":
+        return count
+    return (count + 1) * (num_layers if way.endswith("before") else (num_layers + 1) / 2)
+
+
 def measured(model: PreTrainedModel, batches: list[dict[str, Tensor]], options: dict[str, Any], seed: int) -> Any:
     """An attribution and the processor seconds that it took; the method is known, and so needs no spot check twice."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,8 +122,18 @@ def measured(model: PreTrainedModel, batches: list[dict[str, Tensor]], options: 
     return found, time.process_time() - start
 
 
+def measured_before(options: argparse.Namespace, folder: Path, batches: list[dict[str, Tensor]]) -> Any:
+    """The same call by another checkout of the package, and the processor seconds that it took."""
+    data, out = options.work / "batches.pt", options.work / "before.safetensors"
+    torch.save(batches, data)
+    call = [sys.executable, "-c", BEFORE, str(folder), str(data), str(out), str(options.threads)]
+    surroundings = {**os.environ, "PYTHONPATH": str(options.before)}
+    done = subprocess.run(call, cwd=options.before, env=surroundings, check=True, capture_output=True, text=True)
+    return Attribution.load(out), float(done.stdout.split()[-1])
+
+
 def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each way and seed."""
+    """One row for each way and seed, the dearest first."""
     folder = make_folder(options.work / "smollm2")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     batches = batches_of(model, folder, options.facts)
@@ -119,6 +160,9 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     expected = Attribution.load(reference)
     done = {(row["way"], row["seed"]) for row in rows}
+    if options.before is not None and ("midpoint 10, before", 0) not in done:
+        found, seconds = measured_before(options, folder, batches)
+        note({"way": "midpoint 10, before", "seed": 0, "seconds": seconds, **agreement(found, expected)})
     for way, predicting in (("gradient x activation", False), ("gradient x activation, predicting", True)):
         if (way, 0) in done:
             continue
@@ -147,7 +191,8 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "standard_error": _size(found.standard_error) / _size(expected.scores),
             }
         note(row)
-    return rows
+    counted = ({**row, "passes": passes_of(row["way"], model.config.num_hidden_layers)} for row in rows)
+    return sorted(counted, key=lambda row: -row["passes"])
 
 
 def _size(scores: Any) -> float:
@@ -160,11 +205,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for the model and for what is done")
     parser.add_argument("--facts", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--before", type=Path, help="a checkout of the package to time beside it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     parser.add_argument("--out", type=Path, default=RESULTS / "attribution_budget_cpu_202611.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # The other checkout runs in its own folder.
+    options.work = options.work.resolve()
+    options.before = None if options.before is None else options.before.resolve()
     rows = rows_of(options)
     write_result(
         options.out,

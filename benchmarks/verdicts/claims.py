@@ -97,11 +97,17 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             speed.attribution,
         ),
         "attribution_budget": Claim(
-            "On facts that SmolLM2-135M-Instruct knows an estimate of a pass per layer names at least 0.9 of the top "
-            "10 % of neurons of each layer that 32 Gauss-Legendre points name, at 5 times less processor time than "
-            "ten midpoints; one of two passes names more of them than gradient x activation of the positions that "
-            "predict.",
+            "On facts that SmolLM2-135M-Instruct knows a budget of half a pass per layer and row names at least 0.9 "
+            "of the top 10 % of neurons of each layer that 32 Gauss-Legendre points name, at 5 times less processor "
+            "time than ten midpoints took before layers shared their passes; one of two passes names more of them "
+            "than gradient x activation of the positions that predict.",
             speed.attribution_budget,
+        ),
+        "attribution_quality": Claim(
+            "On planted facts and on the demo's model one midpoint of the path names at least 0.9 of the top 10 % of "
+            "neurons of each layer that 32 Gauss-Legendre points name; its contrast finds planted columns as well as "
+            "that of ten midpoints (AUC at most 0.01 less), and better than gradient x activation.",
+            speed.attribution_quality,
         ),
         "hooks": Claim(
             "On a 4-layer Llama (d 512, ff 2048, fp32, one thread) register_neuron_hooks adds at most 5 % to a "

@@ -44,20 +44,41 @@ def added_time(rows: Sequence[Row]) -> Iterator[Part]:
 
 
 def attribution_budget(rows: Sequence[Row]) -> Iterator[Part]:
-    """What a pass per layer names and costs beside ten midpoints, and two passes beside gradient x activation."""
+    """What half a pass per layer names and costs beside ten midpoints, and two passes beside gradient x activation."""
 
     def of(way: str, key: str) -> float | None:
         found = [row[key] for row in rows if row["way"] == way]
         return mean(found) if found else None
 
-    full, small, midpoints, one_step = "budget 31", "budget 2", "midpoint 10", "gradient x activation, predicting"
-    claim = "share of the top 10 % of each layer that a pass per layer names"
+    full, small, midpoints = "budget 16", "budget 2", "midpoint 10, before"
+    one_step = "gradient x activation, predicting"
+    claim = "share of the top 10 % of each layer that half a pass per layer names"
     yield part(claim, of(full, "layer"), "at least", 0.9)
     times = of(midpoints, "seconds"), of(full, "seconds")
     ratio = None if None in times else times[0] / times[1]
-    yield part("processor time of ten midpoints over that of a pass per layer", ratio, "at least", 5)
+    yield part(
+        "processor time of ten midpoints, layer by layer, over that of half a pass per layer", ratio, "at least", 5
+    )
     claim = "the same share by two passes, beside that of gradient x activation"
     yield part(claim, of(small, "layer"), "more than", of(one_step, "layer"))
+
+
+def attribution_quality(rows: Sequence[Row]) -> Iterator[Part]:
+    """What one midpoint names and finds where it is known which neurons count, beside ten and gradient x activation."""
+
+    def of(where: str, way: str, key: str) -> float | None:
+        found = [row[key] for row in rows if (row["where"], row["way"]) == (where, way)]
+        return mean(found) if found else None
+
+    for where in ("planted", "demo"):
+        claim = f"share of the top 10 % of each layer that one midpoint names, {where}"
+        yield part(claim, of(where, "one midpoint", "layer"), "at least", 0.9)
+    ten = of("planted", "midpoint 10", "auc_contrast")
+    claim = "AUC of planted columns by the contrast of one midpoint, beside that of ten"
+    yield part(claim, of("planted", "one midpoint", "auc_contrast"), "at least", None if ten is None else ten - 0.01)
+    claim = "AUC of planted columns by one midpoint, beside gradient x activation"
+    one_step = of("planted", "gradient x activation", "auc")
+    yield part(claim, of("planted", "one midpoint", "auc_contrast"), "more than", one_step)
 
 
 def hooks(rows: Sequence[Row]) -> Iterator[Part]:

@@ -16,7 +16,8 @@ from tests.attribution.reference_attribution import lively, loosely, padded_batc
 from tests.models import NAMES
 from tests.strategies import seeds
 from torch_simu.attribution import Attribution, attribute, site
-from torch_simu.attribution.methods import decode, packed
+from torch_simu.attribution.methods import decode
+from torch_simu.attribution.methods.packed import pack as packed
 from torch_simu.layers import down_projections
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -180,11 +181,10 @@ def test_batching_padding_and_order_of_rows_do_not_matter(method: str, seed: int
 
 
 @pytest.mark.parametrize("method", ["packed", "prefix", "layerwise", "joint"])
-def test_a_small_memory_budget_changes_no_score(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_memory_changes_no_score(method: str) -> None:
     model, batch = lively("gpt2"), padded_batch(sequences(3), "right")
     expected = loosely(model, [batch], method=method, steps=3)
-    monkeypatch.setattr("torch_simu.attribution.methods.budget._HOST_BYTES", 2**14)
-    found = loosely(model, [batch], method=method, steps=3)
+    found = loosely(model, [batch], method=method, steps=3, memory=2**14)
     for layer, scores in expected.scores.items():
         assert relative_error(found.scores[layer], scores) < 1e-5
         assert found.completeness_error[layer] == pytest.approx(expected.completeness_error[layer], abs=1e-4)
@@ -226,7 +226,7 @@ def _roll(original: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Ten
 
 
 def _without_own_key(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def mask(self: packed._Pack, queries: Tensor, kind: str) -> Tensor:
+    def mask(self: packed.Pack, queries: Tensor, kind: str) -> Tensor:
         visible = original(self, queries, kind)
         own = visible[:, -queries.numel() :]
         # A first token without its own key would see nothing at all.
@@ -237,7 +237,7 @@ def _without_own_key(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _also_the_clean_self(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def mask(self: packed._Pack, queries: Tensor, kind: str) -> Tensor:
+    def mask(self: packed.Pack, queries: Tensor, kind: str) -> Tensor:
         visible = original(self, queries, kind)
         visible[torch.arange(queries.numel()), queries] = True
         return visible
@@ -260,8 +260,8 @@ def test_each_mutant_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_broken(objective="loss")  # the sign of the loss
     for place, name, mutate in (
         (site, "attributed", _roll),  # the clean activation of a neighbor
-        (packed._Pack, "mask", _without_own_key),
-        (packed._Pack, "mask", _also_the_clean_self),
+        (packed.Pack, "mask", _without_own_key),
+        (packed.Pack, "mask", _also_the_clean_self),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, mutate(getattr(place, name)))
@@ -277,7 +277,7 @@ def test_each_mutant_breaks_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_warns_and_takes_the_next_method_where_the_spot_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = lively("llama"), sequences(6)
-    monkeypatch.setattr(packed._Pack, "mask", _also_the_clean_self(packed._Pack.mask))
+    monkeypatch.setattr(packed.Pack, "mask", _also_the_clean_self(packed.Pack.mask))
     with pytest.warns(UserWarning, match=r"For LlamaForCausalLM, packed is off by .* Method 'decode' is used"):
         attribution = loosely(model, [padded_batch(rows, "right")], steps=2)
     assert_exact(attribution, model, rows)

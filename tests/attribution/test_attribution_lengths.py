@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from tests.attribution.reference_attribution import loosely, padded_batch, reference, sequences
+from tests.attribution.reference_attribution import lively, loosely, padded_batch, reference, sequences
 from tests.attribution.test_attribution import relative_error
 from tests.models import VOCABULARY, tiny
 from torch_simu.attribution.attribution import Attribution
+from torch_simu.attribution.methods.packed import pack as packed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -194,14 +195,22 @@ def test_an_unknown_dependence_on_the_cache_is_found_by_the_spot_check_of_a_meth
     rows = sequences(1, 3, 7, 12)
     layers = [f"model.layers.{number}.feed_forward.down_proj" for number in (0, 1)]
     options = {"select": layers, "steps": 2}
-    with pytest.raises(ValueError, match="For Llama4ForCausalLM, decode is off by a factor of"):
-        loosely(model, [padded_batch(rows, "right")], method="decode", **options)
-    with pytest.raises(RuntimeError) as caught:
-        loosely(model, [padded_batch(rows, "right")], method="packed", **options)
-    assert "packed fails" in " ".join(caught.value.__notes__)
+    for method in FAST:
+        with pytest.raises(ValueError, match=f"For Llama4ForCausalLM, {method} is off by a factor of"):
+            loosely(model, [padded_batch(rows, "right")], method=method, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = loosely(model, [padded_batch(rows, "right")], **options)
     for layer in layers:
         expected = reference(model, rows, layer, "logprob", "midpoint", 2).scores
         assert relative_error(found.scores[layer], expected) < 1e-5
+
+
+def test_what_breaks_a_method_that_was_asked_for_is_raised_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(packed.Pack, "logits", broken)
+    with pytest.raises(RuntimeError, match="no such kernel") as caught:
+        loosely(lively("llama"), [padded_batch(sequences(6), "right")], method="packed", steps=2)
+    assert "packed fails" in " ".join(caught.value.__notes__)

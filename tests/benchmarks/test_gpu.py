@@ -29,13 +29,14 @@ def test_parts_are_run_once_and_the_same_call_goes_on(tmp_path):
     assert first.returncode == 0, first.stderr
     before = json.loads(out.read_text())
     assert {row["optimizer"] for row in before["rows"] if row["what"] == "memory"} == {"simu", "simu_compact"}
-    again = call(out, "--parts", "tests", "steps_1b", "--minutes", "5")
+    again = call(out, "--minutes", "5")
     assert again.returncode == 0 and "steps_1b: done before" in again.stderr, again.stderr
     content = json.loads(out.read_text())
     (tests,) = (row for row in content["rows"] if row["what"] == "tests")
     assert tests["file"] == "tests/devices/test_step.py" and tests["passed"] > 10 and not tests["failed"]
-    assert [row for row in content["rows"] if row["what"] != "tests"] == before["rows"]
-    assert {"tests", "steps_1b"}.isdisjoint(content["missing"]) and "steps_7b" in content["missing"]
+    assert [row for row in content["rows"] if row["part"] == "steps_1b"] == before["rows"]
+    assert content["missing"] == [] and not any("does_not_run" in row for row in content["rows"])
+    assert {row["what"] for row in content["rows"]} == {"tests", "step", "memory", "attribution", "training"}
     # A processor says nothing of a GPU.
     assert content["verdict"]["holds"] == NOT_MEASURED and "no GPU" in content["environment"]["name"]
 

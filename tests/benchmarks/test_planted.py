@@ -8,6 +8,7 @@ from statistics import mean
 import pytest
 import torch
 
+from benchmarks.planted import budgets
 from benchmarks.planted.column_scores import auc
 from benchmarks.planted.erasing import zeroed
 from benchmarks.planted.planted import found_mask, masks_of, over_seeds, precision, ranked, scored
@@ -121,3 +122,21 @@ def test_ties_count_half_and_seeds_are_averaged():
     rows = [{"kind": "erase", "mask": "true", "seed": seed, "forget": {"em": seed}} for seed in (0, 2)]
     [entry] = over_seeds(rows, "erase", ("mask",))
     assert entry == {"kind": "erase", "mask": "true", "forget_em": {"mean": 1.0, "std": pytest.approx(2**0.5)}}
+
+
+def test_a_halved_row_scores_half_of_its_tokens_and_each_way_names_what_its_passes_are(planted):
+    forget = planted.sets["forget"]
+    for halved in (budgets.half_of(forget, rarest=rarest) for rarest in (True, False)):
+        counts = [(before.num_scored, after.num_scored) for before, after in zip(forget, halved, strict=True)]
+        assert all(after == (before + 1) // 2 for before, after in counts)
+    passes = {way: budgets.passes_of(options, 4) for way, options in budgets.WAYS.items()}
+    assert passes["one midpoint"] == 3 < passes["gauss 2"] == 7.5 < passes["midpoint 10"] == 27.5
+
+
+def test_quality_is_measured_against_many_points_and_rises_with_them(planted):
+    ways = {name: budgets.WAYS[name] for name in ("budget 2", "gauss 3")}
+    sets = {name: planted.sets[name] for name in ("forget", "retain")}
+    rows = list(budgets.measured("planted", 0, planted.model, sets, 0, planted.selection, ways=ways))
+    few, many = rows
+    assert few["layer"] < many["layer"] <= 1.0 and few["passes"] < many["passes"]
+    assert all(0.5 < row["auc"] <= 1 for row in rows)

@@ -92,7 +92,7 @@ def test_a_patch_is_as_large_as_the_formula_says_and_a_header(tmp_path):
     assert 0 <= size - scale.patch(SMALL, FRACTION) < 5000
 
 
-def test_attribution_takes_at_most_the_operations_of_the_formula():
+def test_attribution_takes_the_operations_of_the_formula():
     found = made(SMALL, "cpu")
     ids = torch.arange(3, 15)[None]
     labels = torch.where(torch.arange(12) < 4, -100, ids)
@@ -100,7 +100,8 @@ def test_attribution_takes_at_most_the_operations_of_the_formula():
     with FlopCounterMode(display=False) as counter:
         scores = attribute_neurons(found, [{"input_ids": ids, "labels": labels}], **options).scores
     assert sum(each.nbytes for each in scores.values()) == scale.scores(SMALL)
-    assert 0.3 < counter.get_total_flops() / scale.attribution_flops(SMALL, 8) <= 1
+    # The clean pass and the check of the method on four samples add to those of these eight.
+    assert 1 < counter.get_total_flops() / scale.attribution_flops(SMALL, 8) < 1.3
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -13,6 +13,7 @@ from tests.unlearning.test_driver import RECIPE, _memorized
 from torch_simu import NeuronSelection
 from torch_simu.attribution import Attribution
 from torch_simu.cli.app import main
+from torch_simu.cli.saving import exactness, save_scores
 from torch_simu.unlearning.data.rows import load_rows
 from torch_simu.unlearning.demo.demo import make_fiction
 
@@ -91,6 +92,32 @@ def test_attribute_writes_scores_selection_and_a_heat_map(files, tmp_path, capsy
     )
     shown = " ".join(capsys.readouterr().out.split())
     assert f"miss at most {max(attribution.incompleteness.values()):.1%} of the change that they explain" in shown
+
+
+def test_attribute_within_a_budget_says_what_it_sufficed_for(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("attribute", *options(files, "forget"), "--out", out, "--budget", 2, "--fraction", 0.25) == 0
+    attribution = Attribution.load(out / "attribution.safetensors")
+    assert attribution.provenance["budget"] == "2" and not attribution.incompleteness
+    layers = json.loads((out / "attribution.json").read_text())["layers"]
+    assert all(layer.keys() == {"selected", "num_neurons", "largest_score", "sum"} for layer in layers.values())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "was not measured: the budget sufficed for one path point" in shown
+
+
+def test_an_estimate_is_written_with_its_standard_errors_and_says_what_its_halves_share(tmp_path):
+    scores = {"mlp": torch.tensor([4.0, 3.0, 2.0, 1.0]).double()}
+    parts = {
+        "standard_error": {"mlp": torch.full((4,), 0.5)},
+        "difference": {"mlp": torch.tensor([0.0, 1.5, -1.5, 0.0])},
+    }
+    attribution = Attribution(scores, {}, 1, {}, **parts)
+    save_scores(attribution.top(0.5), attribution, tmp_path)
+    layer = json.loads((tmp_path / "attribution.json").read_text())["layers"]["mlp"]
+    assert layer["standard_error"] == 1.0 and "incompleteness" not in layer
+    # One half names the first two, the other one the first and the third.
+    assert "each half of it names 50% of the top 50% of neurons that the other" in exactness(attribution, 0.5)
+    assert exactness(attribution, 1.0) == "The scores are an estimate."
 
 
 def test_scores_that_miss_too_much_are_refused_unless_asked(files, tmp_path, capsys):

@@ -123,6 +123,8 @@ ATTRIBUTE = ("attribute", "--model", "m", "--forget", "f", "--out", "o")
         ("clip", "0.25", 0.25),
         ("scope", "global", "global"),
         ("attribution_steps", "7", 7),
+        ("attribution_budget", "31", 31),
+        ("attribution_budget", "10m", "10m"),
         ("attribution_rows", "11", 11),
         ("checkpoint_interval", "2", 2),
         ("weight_decay", "0.125", 0.125),
@@ -135,7 +137,14 @@ def test_an_option_of_unlearn_reaches_the_field_of_its_name_and_no_other(option,
     assert after == before.updated(**{option: value}) != before
 
 
-@pytest.mark.parametrize(("option", "given", "field"), [("scope", "global", "scope"), ("rows", 11, "attribution_rows")])
+@pytest.mark.parametrize(
+    ("option", "given", "field"),
+    [
+        ("scope", "global", "scope"),
+        ("rows", 11, "attribution_rows"),
+        ("budget", "90s", "attribution_budget"),
+    ],
+)
 def test_an_option_of_attribute_reaches_its_field_and_no_other(option, given, field, configured):
     call(*ATTRIBUTE)
     call(*ATTRIBUTE, f"--{option}", given)

@@ -24,7 +24,9 @@ from torch_simu.attribution.frozen import frozen
 from torch_simu.attribution.methods.call import device_of
 from torch_simu.attribution.methods.decode import decode_rows, decode_sums
 from torch_simu.attribution.methods.layerwise import joint_sums, layerwise_sums
-from torch_simu.attribution.methods.packed import packed_rows, packed_sums
+from torch_simu.attribution.methods.memory import Memory, check_memory, limit_of
+from torch_simu.attribution.methods.packed.growing import blocks_of
+from torch_simu.attribution.methods.packed.sums import packed_rows, packed_sums
 from torch_simu.attribution.methods.prefix import prefix_rows, prefix_sums
 from torch_simu.attribution.methods.rows import RowsOf
 from torch_simu.attribution.methods.spot_check import check_exact, fastest_exact
@@ -71,6 +73,7 @@ def attribute_neurons(
     group: dist.ProcessGroup | None = None,
     budget: int | timedelta | None = None,
     generator: torch.Generator | None = None,
+    memory: float | None = None,
 ) -> Attribution:
     r"""Attribute next-token predictions to the neurons of each layer, exactly and completely.
 
@@ -108,11 +111,15 @@ def attribute_neurons(
         group: Processes that share the samples, each with the whole model and all batches; every one gets the sums over
             all. `resume` must name a file for each. None: this process attributes everything.
         budget: What it may cost: a number of passes over all samples, each forward and backward, or a time, after which
-            every sample has had two passes at least. An exact sum counts as a pass for each layer, path point and the
-            path's end at zero: where two passes per layer fit, scores are exact but for the quadrature, with as many of
-            `steps` as fit. Else they are an unbiased estimate, with `Attribution.standard_error` and without
-            completeness: in each pass a sample changes one random layer to one random point. None: all `steps`.
+            every sample has had two passes at least. Exact sums over $L$ layers count as $L$ passes for each path point
+            and for the path's end at zero; as $(L + 1) / 2$ with "packed", which runs nothing below a layer. Scores are
+            exact but for the quadrature with as many of `steps` as fit; where no more than one fits, without the end
+            and completeness. Where none does, they are an unbiased estimate, with `Attribution.standard_error` and
+            without completeness: in each pass a sample changes one random layer to one random point. None: all `steps`.
         generator: Source of randomness of an estimate, on the CPU; None: always the same.
+        memory: What one pass may take: bytes, or below 1 a share of an accelerator's free memory, elsewhere of 4 GiB.
+            What a token takes is measured first, and then as many layers, path points and samples share a pass as fit.
+            None: a quarter.
 
     Returns:
         Scores of every neuron, `completeness_error` of every layer, and provenance.
@@ -144,6 +151,7 @@ def attribute_neurons(
     if max_completeness_error is not None:
         check_number("max_completeness_error", max_completeness_error)
     check_choice("method", method, ("auto", *_METHODS))
+    check_memory(memory)
     limit, seed = None if budget is None else Limit(budget), _seed(generator)
     if limit is not None and method not in ("auto", *_ROWS):
         wrong = f"budget is given with method {method!r}, which changes all positions at once"
@@ -155,7 +163,8 @@ def attribute_neurons(
     sequences = collect_sequences(batches)
     with frozen(model), fresh_positions(model):
         check_linear(model, sequences[-1].ids[None].to(device_of(model)), layers)
-        chosen = _chosen(model, sequences, layers, path, method)
+        chosen = _chosen(model, sequences, layers, path, Memory(limit_of(model, memory)), method)
+        occupied = Memory.of(model, sequences[-1].ids, memory)
         provenance: dict[str, object] = {
             "objective": objective,
             "rule": rule,
@@ -180,7 +189,9 @@ def attribute_neurons(
         sizes = {name: num_neurons(module) for name, module in layers.items()}
         fresh = Partial({name: LayerSum.zero(size, estimated=limit is not None) for name, size in sizes.items()})
         partial = checkpoint.load(fresh)
-        within = Within(model, layers, path, _METHODS[chosen], _ROWS.get(chosen), limit, seed)
+        # Streams that begin at the block of a layer make half of a pass on average.
+        per_point = (len(layers) + 1) / 2 if chosen == "packed" and blocks_of(model, layers) else len(layers)
+        within = Within(model, layers, path, occupied, _METHODS[chosen], _ROWS.get(chosen), per_point, limit, seed)
         try:
             _add_sequences(mine, len(layers), within, partial, checkpoint, progress)
         except BaseException:
@@ -205,13 +216,18 @@ def _seed(generator: torch.Generator | None) -> int:
 
 
 def _chosen(
-    model: nn.Module, sequences: list[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, method: MethodName
+    model: nn.Module,
+    sequences: list[ScoredSequence],
+    layers: Mapping[str, nn.Module],
+    path: Path,
+    memory: Memory,
+    method: MethodName,
 ) -> str:
     """Return the method to take; the fast ones are compared with the definition first, asked for or not."""
     if method == "auto":
-        return fastest_exact(model, sequences, layers, path, {name: _METHODS[name] for name in _FAST})
+        return fastest_exact(model, sequences, layers, path, memory, {name: _METHODS[name] for name in _FAST})
     if method in _FAST:
-        check_exact(model, sequences, layers, path, method, _METHODS[method])
+        check_exact(model, sequences, layers, path, memory, method, _METHODS[method])
     return method
 
 

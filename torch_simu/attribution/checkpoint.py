@@ -86,9 +86,7 @@ class Checkpoint:
         header = {
             "configuration": dict(self.configuration),
             "data": self._keyed_data(),
-            "sums": {
-                layer: [each.completeness_error, each.change_size, each.visits] for layer, each in partial.sums.items()
-            },
+            "sums": {layer: each.numbers for layer, each in partial.sums.items()},
             "num_sequences": partial.num_sequences,
         }
         tensors = {

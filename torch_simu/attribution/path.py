@@ -30,6 +30,7 @@ class Path:
         rule: Which points stand for the path. "gauss" integrates polynomials up to degree $2m - 1$ exactly,
             "midpoint" those of degree 1.
         steps: Number $m$ of points.
+        measured: Whether F is measured at both ends, too, for completeness.
 
     Raises:
         ValueError: If the objective or the rule is unknown, or `steps` is below 1.
@@ -43,6 +44,7 @@ class Path:
     objective: Objective = "logprob"
     rule: Rule = "midpoint"
     steps: int = 10
+    measured: bool = True
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -60,6 +62,11 @@ class Path:
             return [float(1 + node) / 2 for node in leggauss(self.steps)[0]]
         shift = {"midpoint": 0.5, "right": 0.0, "left": 1.0}[self.rule]
         return [(j - shift) / self.steps for j in range(1, self.steps + 1)]
+
+    @property
+    def ends(self) -> list[float]:
+        """Where F is measured, the end that is a change first: nothing of the activation, and all of it."""
+        return [0.0, 1.0] if self.measured else []
 
     @property
     def weights(self) -> list[float]:

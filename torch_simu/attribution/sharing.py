@@ -38,8 +38,7 @@ def share_of(sequences: Sequence[ScoredSequence], fingerprint: str, group: dist.
 def added_up(sums: Mapping[str, LayerSum], group: dist.ProcessGroup) -> dict[str, LayerSum]:
     """Return the sums over all processes, layer by layer."""
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    columns = ("completeness_error", "change_size", "visits")
-    numbers = torch.tensor([[getattr(each, name) for name in columns] for each in sums.values()], dtype=torch.float64)
+    numbers = torch.tensor([each.numbers for each in sums.values()], dtype=torch.float64)
     tensors = [each for found in sums.values() for each in found.tensors]
     flat = torch.cat([*tensors, numbers.flatten()]).to(device)
     dist.all_reduce(flat, group=group)
@@ -47,5 +46,5 @@ def added_up(sums: Mapping[str, LayerSum], group: dist.ProcessGroup) -> dict[str
     left = iter(added)
     return {
         layer: LayerSum.of([next(left) for _ in found.tensors], *row)
-        for (layer, found), row in zip(sums.items(), numbers.reshape(-1, 3).tolist(), strict=True)
+        for (layer, found), row in zip(sums.items(), numbers.reshape(len(sums), -1).tolist(), strict=True)
     }

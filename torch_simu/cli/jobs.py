@@ -11,7 +11,7 @@ from torch_simu.cli.loading import BASE_STILL_KNOWS, Loading
 from torch_simu.cli.measuring import Measuring, Show, Sources, read_sets, show_first
 from torch_simu.cli.recording import Recording, RowKey, tensor_hashes
 from torch_simu.cli.reference import read_reference
-from torch_simu.cli.saving import check_saves, save_model, save_scores
+from torch_simu.cli.saving import check_saves, exactness, save_model, save_scores
 from torch_simu.deltas import attached_layers, decode_model
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.attack.config import AttackConfig
@@ -134,7 +134,7 @@ def unlearn_job(
             [
                 *bargain(before, after, config.forget_target, reached=done.reached),
                 *attack_notes(found, reference=floor_of(other)),
-                *([] if done.attribution is None else [missed(done.attribution)]),
+                *([] if done.attribution is None else [exactness(done.attribution, config.fraction)]),
                 *([BASE_STILL_KNOWS] if attached_layers(net) else []),
             ],
             reached=done.reached,
@@ -199,12 +199,6 @@ def attribute_job(
         with whole_folder(out, force=force) as folder:
             save_scores(selection, attribution, folder)
     return selection, attribution
-
-
-def missed(attribution: Attribution) -> str:
-    """Say how far the scores are from adding up."""
-    share = max(attribution.incompleteness.values(), default=0.0)
-    return f"The scores of a layer miss at most {share:.1%} of the change that they explain."
 
 
 def evaluate_job(

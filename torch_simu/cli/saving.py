@@ -27,12 +27,41 @@ def save_scores(selection: NeuronSelection, attribution: Attribution, folder: Pa
             "num_neurons": selection.num_neurons[layer],
             "largest_score": attribution.scores[layer].max().item(),
             "sum": attribution.scores[layer].sum().item(),
-            "completeness_error": float(attribution.completeness_error[layer]),
-            "incompleteness": attribution.incompleteness[layer],
+            **{
+                name: float(found[layer])
+                for name, found in (
+                    ("completeness_error", attribution.completeness_error),
+                    ("incompleteness", attribution.incompleteness),
+                    ("standard_error", {at: each.norm() for at, each in attribution.standard_error.items()}),
+                )
+                if layer in found
+            },
         }
         for layer in selection
     }
     write_json(folder / "attribution.json", {"provenance": dict(attribution.provenance), "layers": layers})
+
+
+def exactness(attribution: Attribution, fraction: float = 0.1) -> str:
+    """Say how far scores are from adding up, or of an estimate, how far its two halves name the same neurons.
+
+    Args:
+        attribution: The scores.
+        fraction: Share of the neurons that the halves name.
+    """
+    if attribution.standard_error:
+        one, two = attribution.halves
+        text = "The scores are an estimate"
+        if not 0 < fraction < 1:
+            return f"{text}."
+        same = one.stability(two, fraction)
+        return (
+            f"{text}: each half of it names {same:.0%} of the top {fraction:.0%} of neurons that the other half names."
+        )
+    if not attribution.incompleteness:
+        return "How far the scores are from adding up was not measured: the budget sufficed for one path point."
+    share = max(attribution.incompleteness.values(), default=0.0)
+    return f"The scores of a layer miss at most {share:.1%} of the change that they explain."
 
 
 def check_saves(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from torch_simu._checks import check_choice, check_count, check_number, check_pattern, problem
+from torch_simu.attribution.estimate.limit import budget_of
 from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_TERMS, RETAIN_WEIGHT
 
 Where = Literal["all", "critical", "random", "every_neuron", "attention"]
@@ -104,6 +105,8 @@ class UnlearnConfig:
         layers: Regular expression for the down projections; None: known from the model type.
         attribution_method: As `method` of `attribute_neurons`.
         attribution_steps: Path steps of the attribution.
+        attribution_budget: What the attribution of each set may cost: a number of passes, or a time as "90s", "10m" or
+            "1.5h"; see `budget` of `attribute_neurons`. None: all `attribution_steps`.
         max_completeness_error: As in `attribute_neurons`: scores of a layer that miss a larger share are refused.
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
         curvature: "gnb" (Sophia's diagonal on retain batches), or covariances on the forget batches: "neurons", "both".
@@ -153,6 +156,7 @@ class UnlearnConfig:
     layers: str | None = None
     attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
     attribution_steps: int = 10
+    attribution_budget: int | str | None = None
     max_completeness_error: float | None = 0.2
     attribution_rows: int = 400
     curvature: Curvature = None  # type: ignore[assignment]
@@ -206,6 +210,11 @@ class UnlearnConfig:
             check_pattern(self.layers)
         if self.max_completeness_error is not None:
             check_number("max_completeness_error", self.max_completeness_error)
+        if self.attribution_budget is not None:
+            budget = budget_of(self.attribution_budget)
+            if isinstance(budget, int):
+                # The same run, however its passes were written.
+                object.__setattr__(self, "attribution_budget", budget)
         if self.forget_target is not None:
             check_number("forget_target", self.forget_target, high=1.0)
         for field in dataclasses.fields(self):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_simu.attribution import Attribution, attribute_neurons, check_complete
+from torch_simu.attribution.estimate.limit import budget_of
 from torch_simu.layers import down_projections
 from torch_simu.neurons import NeuronSelection
 from torch_simu.unlearning.checkpoint import RunCheckpoint
@@ -52,10 +53,12 @@ def choose_neurons(
             batches_in_order(examples, 32, pad_id),
             select=config.layers,
             steps=config.attribution_steps,
+            budget=None if config.attribution_budget is None else budget_of(config.attribution_budget),
             method=config.attribution_method,
             resume=None if resume is None else f"{resume}.{stage.split()[-1]}",
             progress=counted(progress, stage),
             max_completeness_error=None,
+            generator=torch.Generator().manual_seed(config.seed),
         )
         if config.max_completeness_error is not None:
             check_complete(found, config.max_completeness_error)

@@ -34,6 +34,7 @@ configs = st.builds(
             "attention": st.sampled_from(["frozen", "full"]),
             "layers": st.sampled_from(["mlp.down_proj|self_attn.o_proj", "a b"]),
             "attribution_steps": st.integers(1, 50),
+            "attribution_budget": st.sampled_from([31, "10m"]),
             "attribution_rows": st.integers(1, 50),
             "max_completeness_error": st.floats(0.0, 1.0),
             "curvature": st.just("gnb"),

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch_simu._checks import check_count, problem
+
+_UNITS = {"": None, "s": "seconds", "m": "minutes", "h": "hours"}
+
+
+def budget_of(text: int | str) -> int | timedelta:
+    """Read a budget as it is written on a command line: a number of passes, or a time in seconds, minutes or hours.
+
+    Raises:
+        ValueError: If it is neither, or too small for a `Limit`.
+        TypeError: If it is neither a whole number nor a text.
+
+    Examples:
+        >>> budget_of("31"), budget_of("10m"), budget_of("1.5h")
+        (31, datetime.timedelta(seconds=600), datetime.timedelta(seconds=5400))
+    """
+    if isinstance(text, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+        if found is None or (not found[2] and "." in found[1]):
+            raise ValueError(problem(f"budget is {text!r}", "passes as '31', or a time as '90s', '10m' or '1.5h'"))
+        unit = _UNITS[found[2]]
+        budget = int(found[1]) if unit is None else timedelta(**{unit: float(found[1])})
+    else:
+        budget = text
+    Limit(budget)
+    return budget
 
 
 @dataclass(frozen=True, slots=True)

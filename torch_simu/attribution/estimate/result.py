@@ -9,7 +9,7 @@ from torch_simu.attribution.methods.sums import LayerSum
 
 
 def attribution_of(sums: Mapping[str, LayerSum], num_samples: int, provenance: Mapping[str, object]) -> Attribution:
-    """Return the attribution that some sums are: with completeness where all are exact, else with standard errors.
+    """Return the attribution that some sums are: with completeness or, of an estimate, standard errors.
 
     Args:
         sums: Layer -> its sum.
@@ -26,5 +26,7 @@ def attribution_of(sums: Mapping[str, LayerSum], num_samples: int, provenance: M
             standard_error={name: each.variance.sqrt() for name, each in sums.items() if each.variance is not None},
             difference={name: each.difference for name, each in sums.items() if each.difference is not None},
         )
+    if any(each.unmeasured for each in sums.values()):
+        return Attribution(scores, {}, num_samples, provenance)
     errors = {name: each.completeness_error for name, each in sums.items()}
     return Attribution(scores, errors, num_samples, provenance, {name: each.change_size for name, each in sums.items()})

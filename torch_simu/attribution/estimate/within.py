@@ -11,6 +11,7 @@ from torch import nn
 
 from torch_simu.attribution.estimate.limit import Limit
 from torch_simu.attribution.estimate.passes import Passes
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.methods.rows import RowsOf
 from torch_simu.attribution.methods.sums import LayerSum, Method
 from torch_simu.attribution.path import Path
@@ -25,8 +26,10 @@ class Within:
         model: A causal language model, frozen.
         layers: Name -> module.
         path: Objective and path points; the points are those of exact sums.
-        exact: The method of exact sums; they count as a pass for each layer, path point and the path's end at zero.
+        memory: What one pass may take.
+        exact: The method of exact sums.
         rows_of: How the method arranges samples; None: it gives exact sums only.
+        per_point: Passes that exact sums take for each path point, and for the path's end at zero.
         limit: What may be taken; None: what exact sums take.
         seed: Of the random layers and points.
     """
@@ -34,8 +37,10 @@ class Within:
     model: nn.Module
     layers: Mapping[str, nn.Module]
     path: Path
+    memory: Memory
     exact: Method
     rows_of: RowsOf | None = None
+    per_point: float = 1.0
     limit: Limit | None = None
     seed: int = 0
 
@@ -50,23 +55,24 @@ class Within:
             number: How many sequences came before.
             progress: Called with the share of the work that is done.
         """
-        steps, rounds = self.path.steps, len(self.layers)
+        path, rounds = self.path, len(self.layers)
         if self.limit is not None and self.rows_of is not None:
             passes, wanted = None, self.limit.number
-            if wanted is None or wanted < 2 * rounds:
+            if wanted is None or wanted < self.per_point:
                 # Far from the seeds of other processes, which follow each other.
                 generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
-                rows = list(self.rows_of(self.model, sequences, self.layers, self.path))
+                rows = list(self.rows_of(self.model, sequences, self.layers, self.path, self.memory))
                 passes = Passes(rows, self.layers, generator)
                 start = time.monotonic()
                 passes.run()
                 wanted = self.limit.passes(time.monotonic() - start, share)
-            # As many points as fit, each and the end at zero for a pass per layer.
-            steps = min(steps, wanted // rounds - 1)
-            if steps < 1 and passes is not None:
+            # As many points as fit, and the end at zero where there is more than one.
+            fit = int(wanted / self.per_point)
+            path = replace(path, steps=max(1, min(path.steps, fit - 1)), measured=fit > 1)
+            if fit < 1 and passes is not None:
                 return self._estimated(passes, min(wanted, rounds + 1), progress)
         found: dict[str, LayerSum] = {}
-        for name, each in self.exact(self.model, sequences, self.layers, replace(self.path, steps=steps)):
+        for name, each in self.exact(self.model, sequences, self.layers, path, self.memory):
             found[name] = each
             progress(len(found) / rounds)
         return found

@@ -1,4 +1,4 @@
-"""How many tokens one forward and backward pass may hold."""
+"""How many path points and queries one forward and backward pass may hold."""
 
 from __future__ import annotations
 
@@ -7,33 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
-
-from torch_simu.attribution.methods.call import device_of, text_config
-from torch_simu.layers import d_model, is_fused_experts, is_neuron_layer, neuron_weight, num_neurons
-
-_HOST_BYTES = 2**30
-
-
-def bytes_per_token(model: nn.Module) -> int:
-    """Estimate what a token occupies between forward and backward pass: outputs of linear layers, logits in 32 bits."""
-    floating = [param.element_size() for param in model.parameters() if param.is_floating_point()]
-    widths = [d_model(module) for module in model.modules() if is_neuron_layer(module)]
-    for module in filter(is_fused_experts, model.modules()):
-        experts = len(neuron_weight(module))
-        chosen = getattr(text_config(model), "num_experts_per_tok", None) or experts
-        # Gate, up and hidden activations of the experts that a token goes through, and what each of them gives.
-        widths += [chosen * 3 * num_neurons(module) // experts, chosen * d_model(module)]
-    return 2 * max(floating, default=4) * sum(widths) + 8 * max(widths, default=0)
-
-
-def byte_budget(model: nn.Module) -> int:
-    """Return the bytes that one pass may take: a quarter of an accelerator's free memory, 1 GiB elsewhere."""
-    device = device_of(model)
-    if device.type == "cuda":
-        return max(_HOST_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
-    return _HOST_BYTES
-
 
 Result = TypeVar("Result")
 

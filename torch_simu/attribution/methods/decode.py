@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
+from torch_simu.attribution.methods.budget import Chunks, chunk_sizes
 from torch_simu.attribution.methods.cacheable import cached, check_cacheable
 from torch_simu.attribution.methods.call import accepts, device_of
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.methods.rows import Rows
 from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
@@ -27,7 +28,7 @@ from torch_simu.attribution.site import Site
 
 
 def decode_sums(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield the exact sum of each layer over all samples of the sequences.
 
@@ -36,6 +37,7 @@ def decode_sums(
         sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
 
     Raises:
         NotApplicableError: If the model's layers do more than attention over these sequences.
@@ -44,19 +46,19 @@ def decode_sums(
     prefixes = _prefixes(model, sequences)
     clean = path.values(prefixes.clean, prefixes.targets)
     count = prefixes.ids.numel()
-    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, 0, prefixes.bytes_per_sample)
+    sizes = chunk_sizes(memory.limit, path.steps + 1, count, 0, prefixes.prefix_bytes + memory.per_token)
     for name, module in layers.items():
         values = partial(_token_values, prefixes, name, module, path)
         yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
 
 
 def decode_rows(
-    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[Rows]:
     """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `decode_sums`."""
     prefixes = _prefixes(model, sequences)
     count = prefixes.ids.numel()
-    most = chunk_sizes(byte_budget(model), 1, count, 0, prefixes.bytes_per_sample)[1]
+    most = chunk_sizes(memory.limit, 1, count, 0, prefixes.prefix_bytes + memory.per_token)[1]
 
     def values(part: slice) -> Tensor:
         return path.values(prefixes.logits(part, 1)[0], prefixes.targets[part])
@@ -86,11 +88,11 @@ class _Prefixes:
         return index.clamp(min=0), index >= 0
 
     @property
-    def bytes_per_sample(self) -> int:
-        """What one sample and path point occupies in a pass."""
+    def prefix_bytes(self) -> int:
+        """What the prefix of one sample and path point occupies in a pass."""
         prefix = sum(each[0].nbytes for each in (*self.keys, *self.values))
         # Joining a token to its prefix copies the prefix.
-        return 2 * prefix + bytes_per_token(self.model)
+        return 2 * prefix
 
     def logits(self, part: slice, streams: int) -> Tensor:
         """Return the model's logits at some samples. Shape: `(streams, num_samples, vocabulary)`."""
@@ -147,4 +149,4 @@ def _token_values(
     )
     with site.scaled():
         logits = prefixes.logits(part, streams)
-    return path.values(logits, targets), {name: site}
+    return path.values(logits, targets)[:, None], {name: site}

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.methods.padded import PaddedSequences, padded_sequences
 from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
@@ -17,7 +18,7 @@ from torch_simu.attribution.site import Site
 
 
 def layerwise_sums(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield an approximate sum of each layer: complete along its own path, which changes all positions together.
 
@@ -26,13 +27,14 @@ def layerwise_sums(
         sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
     """
     for name, module in layers.items():
-        yield from _together(model, sequences, {name: module}, path)
+        yield from _together(model, sequences, {name: module}, path, memory)
 
 
 def joint_sums(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield a rough sum of each layer, all on one path; the error reported for each is that of all together.
 
@@ -41,15 +43,16 @@ def joint_sums(
         sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
     """
-    yield from _together(model, sequences, layers, path)
+    yield from _together(model, sequences, layers, path, memory)
 
 
 def _together(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[tuple[str, LayerSum]]:
     sums: list[dict[str, LayerSum]] = []
-    for padded in padded_sequences(model, sequences, path.steps):
+    for padded in padded_sequences(model, sequences, path.steps, memory):
         clean = None
         if len(layers) > 1:
             # A layer above a scaled one sees its effect: each is scaled from what it gets in a clean pass.
@@ -69,7 +72,7 @@ def _values(
     alphas: list[float],
     _: slice = slice(None),
 ) -> tuple[Tensor, dict[str, Site]]:
-    """Return F of each path point and sample, and the scaled layers."""
+    """Return F of each path point and sample, of all layers together, and the scaled layers."""
     count, length = padded.ids.shape
     sites = {}
     with ExitStack() as stack:
@@ -85,5 +88,5 @@ def _values(
                 clean=None if clean is None else clean[name],
             )
             stack.enter_context(sites[name].scaled())
-        values = padded.values(model, len(alphas), path)
+        values = padded.values(model, len(alphas), path)[:, None]
     return values, sites

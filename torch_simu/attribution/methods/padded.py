@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
+from torch_simu.attribution.methods.budget import Chunks
 from torch_simu.attribution.methods.call import device_of
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
 
@@ -39,10 +40,12 @@ class PaddedSequences:
         return path.values(logits.reshape(streams, *self.ids.shape, -1)[:, self.row, self.query], self.targets)
 
 
-def padded_sequences(model: nn.Module, sequences: Sequence[ScoredSequence], steps: int) -> Iterator[PaddedSequences]:
+def padded_sequences(
+    model: nn.Module, sequences: Sequence[ScoredSequence], steps: int, memory: Memory
+) -> Iterator[PaddedSequences]:
     """Yield the sequences in groups that fit into one pass with as many path points as possible."""
     device = device_of(model)
-    tokens = max(1, byte_budget(model) // bytes_per_token(model))
+    tokens = memory.tokens
     longest = max(map(len, sequences))
     size = max(1, tokens // (steps * longest))
     for start in range(0, len(sequences), size):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token
+from torch_simu.attribution.methods.budget import Chunks
 from torch_simu.attribution.methods.call import device_of, logits_at
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.methods.rows import Rows
 from torch_simu.attribution.methods.sums import LayerSum, path_sums
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
 from torch_simu.attribution.site import Site
 
+# A pass over few tokens waits for the weights: layers share it, although the gradient goes down to the lowest of them.
+_FEW_TOKENS = 512
+
 
 def prefix_sums(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[tuple[str, LayerSum]]:
     """Yield the exact sum of each layer over all samples of the sequences, for any causal model.
 
@@ -27,24 +32,29 @@ def prefix_sums(
         sequences: Sequences with samples. Prefixes of equal length share a pass.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
     """
-    tokens = max(1, byte_budget(model) // bytes_per_token(model))
-    for name, module in layers.items():
-        sums = []
-        for ids, targets in prefixes(sequences, device_of(model)):
+    groups = list(prefixes(sequences, device_of(model)))
+    longest, most = max(ids.shape[1] for ids, _ in groups), max(len(ids) for ids, _ in groups)
+    size = max(1, min(_FEW_TOKENS, memory.tokens) // (longest * most * (path.steps + 2)))
+    names = list(layers)
+    for start in range(0, len(names), size):
+        band = {name: layers[name] for name in names[start : start + size]}
+        sums: list[dict[str, LayerSum]] = []
+        for ids, targets in groups:
             count, length = ids.shape
-            values = partial(_prefix_values, model, name, module, ids, targets, path)
-            points = max(1, min(path.steps + 2, tokens // (count * length)))
-            chunks = Chunks(points, max(1, min(count, tokens // (points * length))))
-            sums.append(path_sums(model, values, path, chunks, count)[name])
-        yield name, sum(sums[1:], start=sums[0])
+            values = partial(_prefix_values, model, band, ids, targets, path)
+            points = max(1, min(path.steps + 2, memory.tokens // (len(band) * count * length)))
+            chunks = Chunks(points, max(1, min(count, memory.tokens // (len(band) * points * length))))
+            sums.append(path_sums(model, values, path, chunks, count))
+        yield from ((name, sum((each[name] for each in sums[1:]), start=sums[0][name])) for name in band)
 
 
 def prefix_rows(
-    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path
+    model: nn.Module, sequences: Sequence[ScoredSequence], _: Mapping[str, nn.Module], path: Path, memory: Memory
 ) -> Iterator[Rows]:
     """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `prefix_sums`."""
-    tokens = max(1, byte_budget(model) // bytes_per_token(model))
+    tokens = memory.tokens
     for ids, targets in prefixes(sequences, device_of(model)):
         count, length = ids.shape
 
@@ -75,23 +85,33 @@ def prefixes(sequences: Sequence[ScoredSequence], device: torch.device) -> Itera
 
 def _prefix_values(
     model: nn.Module,
-    name: str,
-    module: nn.Module,
+    layers: Mapping[str, nn.Module],
     ids: Tensor,
     targets: Tensor,
     path: Path,
     alphas: list[float],
     part: slice,
 ) -> tuple[Tensor, dict[str, Site]]:
-    """Return F of each path point and prefix, and the scaled layer."""
+    """Return F of each path point, layer and prefix, and the scaled layers: rows of its own change each layer."""
     ids, targets = ids[part], targets[part]
-    count, length = ids.shape
-
-    def place(leaf: Tensor, whole: Tensor) -> Tensor:
-        return torch.cat([whole[:, :-1], leaf.flatten(0, 1)[:, None]], dim=1)
-
-    site = Site(name, module, len(alphas) * count, length, alphas, lambda whole: whole[:count, -1], place)
-    with site.scaled():
+    (count, length), rows = ids.shape, len(alphas) * len(ids)
+    sites = {}
+    with ExitStack() as stack:
+        for number, (name, module) in enumerate(layers.items()):
+            pick = partial(_last_of, slice(number * rows, number * rows + count))
+            place = partial(_last_replaced, slice(number * rows, (number + 1) * rows))
+            sites[name] = Site(name, module, len(layers) * rows, length, alphas, pick, place)
+            stack.enter_context(sites[name].scaled())
         last = torch.tensor([length - 1], device=ids.device)
-        logits = logits_at(model, last, input_ids=ids.repeat(len(alphas), 1), use_cache=False)
-    return path.values(logits[:, 0].reshape(len(alphas), count, -1), targets), {name: site}
+        logits = logits_at(model, last, input_ids=ids.repeat(len(layers) * len(alphas), 1), use_cache=False)
+    found = path.values(logits[:, 0].reshape(len(layers), len(alphas), count, -1), targets)
+    return found.transpose(0, 1), sites
+
+
+def _last_of(which: slice, whole: Tensor) -> Tensor:
+    return whole[which, -1]
+
+
+def _last_replaced(which: slice, leaf: Tensor, whole: Tensor) -> Tensor:
+    last = torch.cat([whole[: which.start, -1], leaf.flatten(0, 1), whole[which.stop :, -1]])
+    return torch.cat([whole[:, :-1], last[:, None]], dim=1)

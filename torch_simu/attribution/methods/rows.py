@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
 
@@ -30,5 +31,5 @@ class Rows:
     values: Callable[[slice], Tensor]
 
 
-RowsOf = Callable[[nn.Module, Sequence[ScoredSequence], Mapping[str, nn.Module], Path], Iterator[Rows]]
+RowsOf = Callable[[nn.Module, Sequence[ScoredSequence], Mapping[str, nn.Module], Path, Memory], Iterator[Rows]]
 """A way to arrange samples, with the arguments of a `Method`."""

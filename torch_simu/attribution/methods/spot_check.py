@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_simu._checks import problem
 from torch_simu.attribution.methods.cacheable import ADVICE
+from torch_simu.attribution.methods.memory import Memory
 from torch_simu.attribution.methods.prefix import prefix_sums
 from torch_simu.attribution.methods.sums import Method, NotApplicableError
 from torch_simu.attribution.path import Path
@@ -30,26 +31,28 @@ def fastest_exact(
     sequences: Sequence[ScoredSequence],
     layers: Mapping[str, nn.Module],
     path: Path,
+    memory: Memory,
     candidates: Mapping[str, Method],
 ) -> str:
     """Return the name of the first candidate that agrees with "prefix" on a spot check, else "prefix".
 
     That a candidate does not apply to the model is no news while another one does; anything else is worth a warning.
 
-    The check costs as much as "prefix" on four samples, two layers and two path points.
+    The check costs as much as "prefix" on four samples and two layers at one path point.
 
     Args:
         model: A causal language model, frozen.
         sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
         candidates: Name -> method, the fastest first.
 
     Warns:
         UserWarning: If no candidate agrees, or one that applies does not; the message names the model and each
             candidate's error.
     """
-    sample = _Sample(model, sequences, layers, path)
+    sample = _Sample(model, sequences, layers, path, memory)
     problems: dict[str, bool] = {}
     chosen = "prefix"
     for name, method in candidates.items():
@@ -78,6 +81,7 @@ def check_exact(
     sequences: Sequence[ScoredSequence],
     layers: Mapping[str, nn.Module],
     path: Path,
+    memory: Memory,
     name: str,
     method: Method,
 ) -> None:
@@ -88,10 +92,11 @@ def check_exact(
         sequences: Sequences with samples.
         layers: Name -> module.
         path: Objective and path points.
+        memory: What one pass may take.
         name: The method's name, for the message.
         method: The method.
     """
-    sample = _Sample(model, sequences, layers, path)
+    sample = _Sample(model, sequences, layers, path, memory)
     try:
         found = sample.scores(method)
     except NotApplicableError:
@@ -111,10 +116,15 @@ class _Sample:
     """A few samples and layers, and what "prefix" finds there."""
 
     def __init__(
-        self, model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
+        self,
+        model: nn.Module,
+        sequences: Sequence[ScoredSequence],
+        layers: Mapping[str, nn.Module],
+        path: Path,
+        memory: Memory,
     ) -> None:
         few_sequences, few_layers = _few(sequences, layers)
-        self.arguments = model, few_sequences, few_layers, Path(path.objective, path.rule, 2)
+        self.arguments = model, few_sequences, few_layers, Path(path.objective, steps=1, measured=False), memory
 
     def scores(self, method: Method) -> dict[str, Tensor]:
         """Return the scores of each layer by a method."""

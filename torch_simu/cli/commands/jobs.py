@@ -10,9 +10,10 @@ from rich.console import Console
 
 from torch_simu.cli.commands import options
 from torch_simu.cli.console import progress_bars, say, show_report, show_text
-from torch_simu.cli.jobs import attribute_job, evaluate_job, missed, unlearn_job
+from torch_simu.cli.jobs import attribute_job, evaluate_job, unlearn_job
 from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
+from torch_simu.cli.saving import exactness
 from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import MethodName, Rule, UnlearnConfig
 
@@ -62,6 +63,7 @@ def unlearn(
     attention: options.Attention = _RUN.attention,
     layers: options.Layers = None,
     attribution_steps: options.PathSteps = _RUN.attribution_steps,
+    attribution_budget: options.Budget = None,
     attribution_rows: options.ContrastRows = _RUN.attribution_rows,
     max_completeness_error: options.Incompleteness = _RUN.max_completeness_error,
     forget_target: options.ForgetTarget = _TARGET,
@@ -107,6 +109,7 @@ def unlearn(
         attention=cast("Literal['frozen', 'full']", attention),
         layers=layers,
         attribution_steps=attribution_steps,
+        attribution_budget=attribution_budget,
         attribution_rows=attribution_rows,
         max_completeness_error=max_completeness_error,
         forget_target=forget_target,
@@ -194,6 +197,7 @@ def attribute(
     threshold: options.Threshold = _RUN.threshold,
     scope: options.Scope = _RUN.scope,
     steps: options.PathSteps = _RUN.attribution_steps,
+    budget: options.Budget = None,
     rows: options.ContrastRows = _RUN.attribution_rows,
     max_completeness_error: options.Incompleteness = _RUN.max_completeness_error,
     layers: options.Layers = None,
@@ -210,6 +214,7 @@ def attribute(
         scope=cast("Literal['layer', 'global']", scope),
         attribution_rows=rows,
         attribution_steps=steps,
+        attribution_budget=budget,
         max_completeness_error=max_completeness_error,
         layers=layers,
     )
@@ -228,5 +233,5 @@ def attribute(
             show=partial(show_text, console),
         )
     say(console, selection)
-    say(console, missed(attribution))
+    say(console, exactness(attribution, fraction))
     say(console, f"Scores, selection and heat map: {out}")

@@ -99,6 +99,12 @@ Scope = Annotated[str, typer.Option(help="Where neurons compete: in their layer,
 Attention = Annotated[str, typer.Option(help="Attention projections: frozen or full (the paper's form).")]
 Layers = Annotated[str | None, typer.Option(help="Regular expression for the MLP down projections of unknown models.")]
 PathSteps = Annotated[int, typer.Option(help="Path points of the attribution.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Passes (31) or time (90s, 10m, 1.5h) of each attribution: an estimate where exact scores cost more."
+    ),
+]
 ContrastRows = Annotated[int, typer.Option(help="Retain rows to attribute at most, evenly spread.")]
 Incompleteness = Annotated[
     float | None, typer.Option(help="Refuse scores that miss a larger share of the change that they explain.")

@@ -1,16 +1,4 @@
-r"""Exact attribution of many samples per pass: clean keys and values are cached, every sample is one query.
-
-A sample changes one layer at the last position of its prefix, so all later layers read clean keys and values before it.
-One clean pass caches them; then the query of a sample sees the clean keys of its own sequence before it, and itself:
-
-$$\text{visible}(q, k) = [\text{sequence}_k = \text{sequence}_q] \; [\text{position}_k < \text{position}_q], \qquad
-\text{visible}(q, q) = 1,$$
-
-and in layers with a sliding window or with chunks only what those leave of it.
-
-Sequences are packed one behind the other, so nothing is padded. Below the changed layer all path points are equal:
-there one stream runs, which that layer's input turns into one stream per path point.
-"""
+"""Pack: sequences one behind the other, and the clean keys and values that every query of a sample sees."""
 
 from __future__ import annotations
 
@@ -23,58 +11,12 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from torch_simu._checks import problem
-from torch_simu.attribution.methods.budget import Chunks, byte_budget, bytes_per_token, chunk_sizes
-from torch_simu.attribution.methods.cacheable import ADVICE, cached, check_cacheable, check_masks, windows_of
+from torch_simu.attribution.methods.cacheable import cached, windows_of
 from torch_simu.attribution.methods.call import device_of, logits_at, text_config
-from torch_simu.attribution.methods.rows import Rows
-from torch_simu.attribution.methods.sums import LayerSum, NotApplicableError, path_sums
-from torch_simu.attribution.path import Path
 from torch_simu.attribution.sequences import ScoredSequence
-from torch_simu.attribution.site import Site
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
-
-
-def packed_sums(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
-) -> Iterator[tuple[str, LayerSum]]:
-    """Yield the exact sum of each layer over all samples of the sequences.
-
-    Args:
-        model: A causal language model of transformers, frozen.
-        sequences: Sequences with samples.
-        layers: Name -> module.
-        path: Objective and path points.
-
-    Raises:
-        NotApplicableError: If the model's layers do more than full attention over these sequences.
-    """
-    check_cacheable(model, sequences)
-    check_masks(model)
-    pack = _pack(model, sequences, layers)
-    clean = path.values(pack.clean[0], pack.targets)
-    count = pack.queries.numel()
-    sizes = chunk_sizes(byte_budget(model), path.steps + 1, count, pack.cache_bytes, bytes_per_token(model))
-    for name, module in layers.items():
-        values = partial(_stream_values, pack, name, module, path)
-        yield name, path_sums(model, values, path, Chunks(*sizes), count, clean)[name]
-
-
-def packed_rows(
-    model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module], path: Path
-) -> Iterator[Rows]:
-    """Yield the samples of the sequences for passes in which each is changed elsewhere; arguments of `packed_sums`."""
-    pack = _pack(model, sequences, layers)
-    _, most = chunk_sizes(byte_budget(model), 1, pack.queries.numel(), pack.cache_bytes, bytes_per_token(model))
-
-    def values(part: slice) -> Tensor:
-        return path.values(pack.logits(pack.queries[part], 1)[0], pack.targets[part])
-
-    yield Rows(
-        pack.queries.numel(), most, lambda count: (1, count), lambda rows: (torch.zeros_like(rows), rows), values
-    )
 
 
 class _CacheLayer(Protocol):
@@ -82,7 +24,7 @@ class _CacheLayer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pack:
+class Pack:
     """Sequences one behind the other, and what the clean pass left."""
 
     model: nn.Module
@@ -125,7 +67,8 @@ def _seen(sequence: Tensor, position: Tensor, queries: Tensor, kind: str, window
     return same
 
 
-def _pack(model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module]) -> _Pack:
+def pack_of(model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping[str, nn.Module]) -> Pack:
+    """Run the clean pass over some sequences; the layers' inputs are looked at."""
     # Imported here, because the package itself must not need transformers.
     from transformers import DynamicCache
 
@@ -160,7 +103,7 @@ def _pack(model: nn.Module, sequences: Sequence[ScoredSequence], layers: Mapping
         # The cache is only read from now on: every pass sees the clean keys and values, then its own.
         layer.update = partial(_joined, keys, values)
         cache_bytes += keys.nbytes + values.nbytes
-    return _Pack(model, ids, index, position, queries, targets, cache, cache_bytes, windows, ranks, clean)
+    return Pack(model, ids, index, position, queries, targets, cache, cache_bytes, windows, ranks, clean)
 
 
 def _joined(
@@ -171,22 +114,6 @@ def _joined(
         torch.cat([clean_keys.expand(streams, -1, -1, -1), keys], dim=2),
         torch.cat([clean_values.expand(streams, -1, -1, -1), values], dim=2),
     )
-
-
-def _stream_values(
-    pack: _Pack, name: str, module: nn.Module, path: Path, alphas: list[float], part: slice
-) -> tuple[Tensor, dict[str, Site]]:
-    """Return F of each path point and query, and the scaled layer."""
-    queries, targets = pack.queries[part], pack.targets[part]
-    # A layer that sees streams and tokens as one dimension cannot turn one stream into several.
-    streams = len(alphas) if pack.ranks.get(name) == 2 else 1
-    site = Site(name, module, streams, queries.numel(), alphas, lambda whole: whole[0], lambda leaf, _: leaf)
-    with site.scaled():
-        logits = pack.logits(queries, streams)
-    if logits.shape[:2] != (len(alphas), queries.numel()):
-        wrong = f"Layer {name!r} with {len(alphas)} path points gives logits of shape {tuple(logits.shape)}"
-        raise NotApplicableError(problem(wrong, f"({len(alphas)}, {queries.numel()}, vocabulary)", ADVICE))
-    return path.values(logits, targets), {name: site}
 
 
 def _masks(model: nn.Module, windows: Mapping[str, int], visible: Callable[[str], Tensor]) -> object:
