@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
+from torch_simu.layers.dtensors import shard_again
 
 NUM_TOKENS = 8
 """Tokens of the run whose calls are replayed."""
@@ -23,7 +24,7 @@ _BENT = 1e-2
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Let a model be in eval mode inside the block, without gradients; every part is in its own mode afterwards."""
+    """Let a model be in eval mode inside the block, without gradients; afterwards it is as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -33,6 +34,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        shard_again(model)
 
 
 def drawn_tokens(model: nn.Module, num_rows: int, num_tokens: int) -> Tensor | None:

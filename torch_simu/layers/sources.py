@@ -187,7 +187,7 @@ def _run(model: nn.Module, num_rows: int) -> None:
     first = next(layer for layer in model.modules() if is_neuron_layer(layer))
     weight = next(param for param in model.parameters() if param.is_floating_point())
     hidden = torch.randn(num_rows, _NUM_TOKENS, num_neurons(first), generator=torch.Generator().manual_seed(0))
-    model(hidden.to(weight))
+    model(hidden.to(weight.device, weight.dtype))
 
 
 def _unknown(name: str, why: str) -> ValueError:
