@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_simu._checks import check_count, check_number, problem
 from torch_simu._files import load_tensors, save_tensors
-from torch_simu.bitsandbytes.packing import keep_codes_as_loaded
+from torch_simu.bitsandbytes.packing import codes_as_loaded, keep_codes_as_loaded
 from torch_simu.layers import Selector, neuron_groups, num_neurons, select_layers
 
 _KIND = "NeuronSelection"
@@ -164,7 +165,7 @@ class NeuronSelection(Mapping[str, Tensor]):
         return NeuronSelection, (self._indices, dict(self._num_neurons))
 
     def param_groups(
-        self, model: nn.Module, attention: Literal["full", "frozen"] = "frozen"
+        self, model: nn.Module, attention: Literal["full", "frozen"] = "frozen", units: bool = False
     ) -> list[dict[str, object]]:
         """Return groups for `SIMUOptimizer`, and set `requires_grad` so that nothing else trains.
 
@@ -172,10 +173,13 @@ class NeuronSelection(Mapping[str, Tensor]):
             model: The model the selection was made on.
             attention: "frozen" leaves the attention projections alone; "full" trains them whole, which is the paper's
                 form.
+            units: Whether the rows that make the selected neurons train, too: those of the gate and up projections,
+                with their entries of the biases. A short run proves which they are.
 
         Returns:
             One group per layout of the weights (see `torch_simu.layers.neuron_dim`) with the keys `params`, `neurons`
-            (aligned with `params`) and `neuron_dim`, and one for the attention projections.
+            (aligned with `params`) and `neuron_dim`, one for the attention projections, and with `units` one per layout
+            of what makes the neurons, marked by `rows`: its `neurons` are outputs.
 
         Raises:
             KeyError: If a layer is not in the model.
@@ -184,9 +188,11 @@ class NeuronSelection(Mapping[str, Tensor]):
             ValueError: If a layer has another number of neurons, shares its weight with another layer, holds quantized
                 codes, which cannot be trained in place, or is an attention projection that "full" trains whole; if its
                 weight is computed from other parameters or has no data (meta device, as of offloaded layers); if 4-bit
-                codes of the model were packed for inference.
+                codes of the model were packed for inference; with `units`, if what makes the neurons is not proved.
         """
-        groups = neuron_groups(model, self._indices, self._num_neurons, attention)
+        # A run without gradients would pack 4-bit codes elsewhere in the model.
+        with codes_as_loaded(model) if units else nullcontext():
+            groups = neuron_groups(model, self._indices, self._num_neurons, attention, units=units)
         # The gradient of these weights goes through any 4-bit layers behind them, also after an evaluation.
         keep_codes_as_loaded(model)
         model.requires_grad_(False)

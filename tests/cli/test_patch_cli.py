@@ -17,7 +17,7 @@ from torch_simu import NeuronPatch, __version__
 from torch_simu._hashes import sha256_of_hashes
 from torch_simu.cli.app import main
 from torch_simu.cli.recording import tensor_hashes
-from torch_simu.patch.change import change_between
+from torch_simu.patch.change import Place, change_between
 
 
 def run(*arguments: object) -> int:
@@ -97,7 +97,7 @@ def test_text_from_a_patch_is_shown_and_not_acted_on(tmp_path: Path, capsys, mon
     model.load_state_dict(base.state_dict())
     with torch.no_grad():
         model.weight[:, 1] += 1
-    made = change_between("weight", base.weight, model.weight, -1, torch.tensor([1]))
+    made = change_between("weight", base.weight, model.weight, Place(-1, torch.tensor([1])))
     assert made is not None
     evil = "[bold]x[/bold] [/] \x1b[2J\x1b]0;t\x07 \u202eflip \x9b31m a\nb\r\x00"
     NeuronPatch({evil.replace("/", "."): made}, {"base": evil, evil: 1}).save(tmp_path / "[red]p")

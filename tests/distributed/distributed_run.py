@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import mutants
 from tests.attribution import distributed_attribution
 from tests.deltas import distributed_deltas
-from tests.distributed import starting, whitening
+from tests.distributed import starting, units, whitening
 from tests.distributed.resuming import (
     a_checkpoint_of_two_is_written,
     a_whole_state_is_taken_in_shards,
@@ -211,6 +211,7 @@ SCENARIOS = [
     *distributed_attribution.SCENARIOS,
     *distributed_deltas.SCENARIOS,
     *starting.SCENARIOS,
+    *units.SCENARIOS,
     *whitening.SCENARIOS,
 ]
 

@@ -97,8 +97,9 @@ def _ignores_the_base(original: Callable) -> Callable:
 
 
 def _next_column(original: Callable) -> Callable:
-    def between(name, before, after, dim, neurons):
-        return original(name, before, after, dim, None if neurons is None else (neurons + 1) % before.shape[-1])
+    def between(name, before, after, place):
+        beside = place and place._replace(neurons=(place.neurons + 1) % before.shape[-1])
+        return original(name, before, after, beside)
 
     return between
 

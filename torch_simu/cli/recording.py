@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import UNSEEN, Measuring, Sources
 from torch_simu.cli.reference import read_reference
 from torch_simu.deltas import attached_layers
+from torch_simu.layers import d_model, sources_beside
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.model import tensors_of
 from torch_simu.unlearning.attack.config import ATTACKS, AttackConfig
@@ -215,6 +217,7 @@ class Recording:
             before_tensors=before_tensors,
             after_tensors=tensor_hashes(model),
             trained=_trained(done.selection),
+            trained_rows=_trained_rows(model, done.selection) if config.units else {},
             before=before,
             after=after,
             reference=reference,
@@ -222,6 +225,16 @@ class Recording:
             attacks=told,
             codes=bool(attached_layers(model)),
         ).to_json()
+
+
+def _trained_rows(model: PreTrainedModel, selection: NeuronSelection | None) -> dict[str, tuple[int, int]]:
+    """Return projection -> how many of its rows make selected neurons, of how many."""
+    made = {} if selection is None else sources_beside(model, [layer for layer in selection if len(selection[layer])])
+    return {
+        source.name: (source.num_parts * len(cast("NeuronSelection", selection)[layer]), d_model(source.layer))
+        for layer, sources in made.items()
+        for source in sources
+    }
 
 
 def _trained(selection: NeuronSelection | None) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import holds_codes
 from torch_simu.deltas.attach import attached_layers
 from torch_simu.deltas.widen import widen_deltas
@@ -15,7 +16,7 @@ from torch_simu.neurons import NeuronSelection
 
 
 def trained_groups(
-    model: nn.Module, selection: NeuronSelection, attention: Literal["full", "frozen"]
+    model: nn.Module, selection: NeuronSelection, attention: Literal["full", "frozen"], *, units: bool = False
 ) -> list[dict[str, object]]:
     """Return groups for `SIMUOptimizer`; nothing else requires a gradient afterwards.
 
@@ -27,13 +28,17 @@ def trained_groups(
         model: The model the selection was made on.
         selection: The neurons that train.
         attention: Whether the attention projections train whole; they must not be quantized then.
+        units: Whether the rows that make the selected neurons train, too; they have no deltas, so layers must be float.
 
     Raises:
-        ValueError: As `NeuronSelection.param_groups` and `attach_deltas` do.
+        ValueError: As `NeuronSelection.param_groups` and `attach_deltas` do; or with `units` where deltas train.
     """
     attached = attached_layers(model)
     if not attached and not any(holds_codes(layer) for layer in select_layers(model, selection).values()):
-        return selection.param_groups(model, attention=attention)
+        return selection.param_groups(model, attention=attention, units=units)
+    if units:
+        wrong = "units is True, and deltas train: a selected layer is quantized, or a layer has a delta already"
+        raise ValueError(problem(wrong, "float layers without deltas", "Rows have no deltas: pass units=False."))
     widened = widen_deltas(model, selection)
     columns: list[list[int] | None] = []
     for name in widened:

@@ -33,7 +33,7 @@ class NeuronHooks(Mapping[str, Tensor]):
         position_mask: Which positions count.
         accum_dtype: Dtype of the named sums.
         neurons: Layer -> the neurons that its covariance is of; all of them where there is none.
-        outputs: Whether the gradients of what layers return are summed up, too.
+        outputs: Whether the gradients of what layers return are summed up, too; a mapping says of which outputs.
         recording: Whether they record at once.
 
     Attributes:
@@ -50,7 +50,7 @@ class NeuronHooks(Mapping[str, Tensor]):
         accum_dtype: torch.dtype,
         neurons: Mapping[str, Tensor] = MappingProxyType({}),
         *,
-        outputs: bool = False,
+        outputs: bool | Mapping[str, Tensor] = False,
         recording: bool = True,
     ) -> None:
         self.layers = MappingProxyType(dict(layers))
@@ -59,7 +59,9 @@ class NeuronHooks(Mapping[str, Tensor]):
         self._codes = ExitStack()
         self._reduce = reduce
         self._records = {name: LayerRecord(name, reduce, accum_dtype, neurons.get(name)) for name in layers}
-        self._outputs = {name: LayerRecord(name, reduce, accum_dtype) for name in layers if outputs}
+        some = {} if isinstance(outputs, bool) else outputs
+        kept = layers if outputs is not False else ()
+        self._outputs = {name: LayerRecord(name, reduce, accum_dtype, some.get(name)) for name in kept}
         taps = [(layer, InputTap(layer, self._records[name], arg)) for name, layer in layers.items()]
         self._handles = [layer.register_forward_pre_hook(self._pre_hook(tap), with_kwargs=True) for layer, tap in taps]
         for name, record in self._outputs.items():
@@ -73,7 +75,10 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     @property
     def outputs(self) -> Mapping[str, Tensor]:
-        """Layer -> sum of the products of the gradients of its outputs. Shape: `(d_model, d_model)`."""
+        """Layer -> sum of the products of the gradients of its outputs, or of some of them.
+
+        Shape: `(d_model, d_model)`, or as many as were asked for.
+        """
         found = {name: record.total for name, record in self._outputs.items()}
         return MappingProxyType({name: total for name, total in found.items() if total is not None})
 
@@ -87,11 +92,16 @@ class NeuronHooks(Mapping[str, Tensor]):
         record = self._records[layer]
         return record.total is not None or bool(record.kept)
 
-    def neurons(self, layer: str) -> Tensor | None:
-        """Return of which neurons a covariance is, in order; None: of all. Shape: `(num_selected,)`."""
-        return self._records[layer].neurons
+    def neurons(self, layer: str, *, outputs: bool = False) -> Tensor | None:
+        """Return of which neurons a covariance is, in order; None: of all. Shape: `(num_selected,)`.
 
-    def places(self, layer: str, neurons: Tensor) -> Tensor | None:
+        Args:
+            layer: Name of the layer.
+            outputs: Whether the covariance of its outputs is meant.
+        """
+        return (self._outputs if outputs else self._records)[layer].neurons
+
+    def places(self, layer: str, neurons: Tensor, *, outputs: bool = False) -> Tensor | None:
         """Return where some neurons are among those that a covariance is of; None: they are not all there.
 
         Waits for the device only when it is asked of other neurons than the last time.
@@ -99,8 +109,9 @@ class NeuronHooks(Mapping[str, Tensor]):
         Args:
             layer: Name of the layer.
             neurons: In any order. Shape: `(num,)`.
+            outputs: Whether the covariance of its outputs is meant.
         """
-        return self._records[layer].places(neurons)
+        return (self._outputs if outputs else self._records)[layer].places(neurons)
 
     def num_positions(self, layer: str) -> Tensor:
         """Return over how many positions a covariance is, as a scalar on the device.

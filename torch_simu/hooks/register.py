@@ -24,7 +24,7 @@ def register_neuron_hooks(
     reduce: Literal["attribution", "act", "grad", "sq", "covariance"] | Reduction | None = "attribution",
     position_mask: Tensor | None = None,
     accum_dtype: torch.dtype = torch.float32,
-    outputs: bool = False,
+    outputs: bool | Mapping[str, Tensor] = False,
     recording: bool = True,
 ) -> NeuronHooks:
     r"""Capture what flows into layers, and the gradient that flows back, for as long as the hooks are registered.
@@ -61,7 +61,8 @@ def register_neuron_hooks(
             front of a convolution.
         accum_dtype: Dtype of the named sums, and of the products in them.
         outputs: Beside the covariance, sum the products of the gradients with respect to what the layers return:
-            `hooks.outputs[layer]`, of shape `(d_model, d_model)`.
+            `hooks.outputs[layer]`, of shape `(d_model, d_model)`. A mapping does so, too, and says for some layers of
+            which outputs alone, in order.
         recording: Whether to record at once; if not, only what runs inside `hooks.recording()` counts.
 
     Returns:
@@ -69,8 +70,8 @@ def register_neuron_hooks(
 
     Raises:
         ValueError: If nothing is selected, `reduce` is unknown, `arg` is negative, `accum_dtype` is not floating,
-            `outputs` is asked for with another `reduce`, or 4-bit codes were packed for inference, which pass no
-            gradient on.
+            `outputs` is asked for with another `reduce` or of another layer, or 4-bit codes were packed for inference,
+            which pass no gradient on.
         TypeError: If `reduce`, `arg` or `position_mask` is of a wrong type.
         KeyError: If a selected name is not in the module.
 
@@ -93,9 +94,11 @@ def register_neuron_hooks(
         raise TypeError(problem(f"reduce is {reduce!r}", f"one of {', '.join(map(repr, SUMS))}, None or a callable"))
     if not accum_dtype.is_floating_point:
         raise ValueError(problem(f"accum_dtype is {accum_dtype}", "a floating-point dtype"))
-    if outputs and reduce != "covariance":
+    if outputs is not False and reduce != "covariance":
         raise ValueError(problem(f"outputs is given with reduce={reduce!r}", 'reduce="covariance"'))
     layers = _selected(module, select)
+    if not isinstance(outputs, bool) and (other := [name for name in outputs if name not in layers]):
+        raise ValueError(problem(f"outputs names layer {other[0]!r}", f"layers that are hooked: {list(layers)}"))
     neurons = cast("Mapping[str, Tensor]", select) if isinstance(select, Mapping) and reduce == "covariance" else {}
     with ExitStack() as codes:
         codes.enter_context(codes_as_loaded(module))

@@ -10,12 +10,15 @@ from torch_simu.layers.kinds import (
     neuron_dim,
     neuron_weight,
     num_neurons,
+    output_dim,
 )
 from torch_simu.layers.probe import probed_projections
 from torch_simu.layers.projections import Selector, attention_projections, down_projections, select_layers
+from torch_simu.layers.sources import Source, proved_sources, sources_beside
 
 __all__ = [
     "Selector",
+    "Source",
     "attention_projections",
     "check_kind",
     "check_loaded",
@@ -31,6 +34,9 @@ __all__ = [
     "neuron_groups",
     "neuron_weight",
     "num_neurons",
+    "output_dim",
     "probed_projections",
+    "proved_sources",
     "select_layers",
+    "sources_beside",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
@@ -28,3 +29,11 @@ def shard_dims(tensor: DTensor) -> list[int | None]:
     from torch.distributed.tensor import Shard
 
     return [each.dim if isinstance(each, Shard) else None for each in tensor.placements]
+
+
+def shard_again(model: nn.Module) -> None:
+    """Give a model of FSDP2 the shards back that a pass without a backward leaves together, as it does at the root."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if isinstance(module, getattr(loaded, "FSDPModule", ())):
+            cast("Any", module).reshard()

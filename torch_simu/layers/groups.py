@@ -12,10 +12,16 @@ from torch_simu.columns import NeuronDim
 from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.kinds import neuron_dim, neuron_weight
 from torch_simu.layers.projections import attention_projections, select_layers
+from torch_simu.layers.sources import proved_sources
 
 
 def neuron_groups(
-    model: nn.Module, neurons: Mapping[str, Sequence[int]], sizes: Mapping[str, int], attention: str
+    model: nn.Module,
+    neurons: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int],
+    attention: str,
+    *,
+    units: bool = False,
 ) -> list[dict[str, object]]:
     """Return the groups that `NeuronSelection.param_groups` does, and set nothing; errors as there.
 
@@ -24,6 +30,7 @@ def neuron_groups(
         neurons: Layer -> selected neurons.
         sizes: Layer -> how many neurons it was seen with.
         attention: "frozen" or "full".
+        units: Whether the rows that make the neurons train, too.
     """
     check_choice("attention", attention, ("full", "frozen"))
     modules = select_layers(model, neurons) if neurons else {}
@@ -35,8 +42,7 @@ def neuron_groups(
         _check_trainable(name, neuron_weight(module), "Use attach_deltas first.")
         check_weight(name, module)
         if name in projections:
-            wrong = f"Layer {name!r} has selected neurons and is an attention projection trained whole"
-            raise ValueError(problem(wrong, "one of the two", "Pass attention='frozen'."))
+            raise _trained_twice(f"Layer {name!r} has selected neurons")
         weight = neuron_weight(module)
         check_unshared(model, name, weight)
         dim = neuron_dim(module)
@@ -44,6 +50,8 @@ def neuron_groups(
         cast("list[nn.Parameter]", group["params"]).append(weight)
         cast("list[list[int]]", group["neurons"]).append(list(neurons[name]))
     result = list(groups.values())
+    if units:
+        result += _row_groups(model, neurons, projections)
     if attention == "full":
         params = []
         for name, projection in projections.items():
@@ -53,6 +61,35 @@ def neuron_groups(
                 params.append(param)
         result.append({"params": params, "neurons": [None] * len(params), "neuron_dim": -1})
     return result
+
+
+def _row_groups(
+    model: nn.Module, neurons: Mapping[str, Sequence[int]], projections: Mapping[str, nn.Module]
+) -> list[dict[str, object]]:
+    """Return the groups of the rows that make the neurons, with their entries of the biases."""
+    groups: dict[int, dict[str, object]] = {}
+    made: dict[str, str] = {}
+    for layer, sources in proved_sources(model, neurons).items():
+        for source in sources:
+            if source.name in projections:
+                raise _trained_twice(f"Layer {source.name!r} makes selected neurons")
+            if made.setdefault(source.name, layer) != layer:
+                wrong = f"Layer {source.name!r} makes the neurons of {made[source.name]!r} and of {layer!r}"
+                raise ValueError(problem(wrong, "a source for each layer", "Pass units=False."))
+            check_weight(source.name, source.layer)
+            group = groups.setdefault(source.dim, {"params": [], "neurons": [], "neuron_dim": source.dim, "rows": True})
+            for param in source.layer.parameters(recurse=False):
+                _check_trainable(source.name, param, "Pass units=False.")
+                check_unshared(model, source.name, param)
+                cast("list[nn.Parameter]", group["params"]).append(param)
+                cast("list[list[int]]", group["neurons"]).append(source.rows(neurons[layer]))
+    return list(groups.values())
+
+
+def _trained_twice(wrong: str) -> ValueError:
+    return ValueError(
+        problem(f"{wrong} and is an attention projection trained whole", "one of the two", "Pass attention='frozen'.")
+    )
 
 
 def _check_trainable(name: str, param: nn.Parameter, advice: str) -> None:

@@ -70,6 +70,19 @@ def neuron_dim(module: nn.Module) -> NeuronDim:
     return 0 if _is_conv1d(_checked(module)) else -1
 
 
+def output_dim(module: nn.Module) -> int:
+    """Return which dimension of the weight the outputs of a linear layer are: 0, or -1 for GPT-2's `Conv1D`.
+
+    Raises:
+        TypeError: If `module` is no linear layer.
+
+    Examples:
+        >>> output_dim(nn.Linear(4, 2))
+        0
+    """
+    return -1 if _is_conv1d(_checked(module)) else 0
+
+
 def num_neurons(module: nn.Module) -> int:
     """Return the number of input features of a linear layer, also where its weight is packed; of experts, of all.
 

@@ -6,12 +6,11 @@ from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu.layers.kinds import d_model, has_neurons, is_fused_experts, is_neuron_layer
-from torch_simu.layers.replay import NUM_TOKENS, Call, is_hidden, mixes, untold
+from torch_simu.layers.replay import NUM_TOKENS, Call, drawn_tokens, evaluated, is_hidden, mixes, untold
 
 
 def probed_projections(model: nn.Module) -> tuple[set[str], set[str]]:
@@ -31,27 +30,20 @@ def probed_projections(model: nn.Module) -> tuple[set[str], set[str]]:
     """
     blocks = _blocks(model)
     names = {module: name for name, module in model.named_modules()}
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            parts = [part for _, group in blocks for part in group]
-            inner = [part for each in parts for part in _children(each)]
-            calls = _recorded(model, [*(block for block, _ in blocks), *parts, *inner], names)
-            down: set[str] = set()
-            attention: set[str] = set()
-            for block, group in blocks:
-                token_wise = []
-                for part in _flat(group, calls):
-                    if not mixes(part, calls[part]):
-                        token_wise.append(part)
-                    elif _attends(model, part, calls[part]):
-                        attention.update(calls[part].layers)
-                down |= _down(model, block, token_wise, calls)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluated(model):
+        parts = [part for _, group in blocks for part in group]
+        inner = [part for each in parts for part in _children(each)]
+        calls = _recorded(model, [*(block for block, _ in blocks), *parts, *inner], names)
+        down: set[str] = set()
+        attention: set[str] = set()
+        for block, group in blocks:
+            token_wise = []
+            for part in _flat(group, calls):
+                if not mixes(part, calls[part]):
+                    token_wise.append(part)
+                elif _attends(model, part, calls[part]):
+                    attention.update(calls[part].layers)
+            down |= _down(model, block, token_wise, calls)
     return down, attention
 
 
@@ -112,12 +104,10 @@ def _recorded(model: nn.Module, children: list[nn.Module], names: dict[nn.Module
             if names[layer] not in calls[child].layers:
                 calls[child].layers.append(names[layer])
 
-    embeddings = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    size, device = (embeddings.num_embeddings, embeddings.weight.device) if embeddings else (0, torch.device("cpu"))
-    if size < 2 or device.type == "meta":
+    ids = drawn_tokens(model, 1, NUM_TOKENS)
+    if ids is None:
         wrong = f"{type(model).__name__} has no token embeddings that it could be run with"
         raise ValueError(problem(wrong, "a model with its weights", "Name the layers with a pattern."))
-    ids = torch.randint(1, size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     with ExitStack() as stack:
         for child in dict.fromkeys(children):
             stack.callback(child.register_forward_pre_hook(called, with_kwargs=True).remove)

@@ -1,9 +1,9 @@
-"""Replay: call a part of a model again with its first token changed, and see what moves."""
+"""Replay: run a model on a few tokens, call a part of it again with its first token changed, and see what moves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_simu._checks import problem
+from torch_simu.layers.dtensors import shard_again
 
 NUM_TOKENS = 8
 """Tokens of the run whose calls are replayed."""
@@ -19,6 +20,34 @@ _MOVED = 1e-6
 # Far enough that a nonlinearity shows, and what is linear stays so but for rounding.
 _FAR = 4.0
 _BENT = 1e-2
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Let a model be in eval mode inside the block, without gradients; afterwards it is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        shard_again(model)
+
+
+def drawn_tokens(model: nn.Module, num_rows: int, num_tokens: int) -> Tensor | None:
+    """Return token ids that a model can be run on; None: it has no token embeddings, or they have no data.
+
+    Shape: `(num_rows, num_tokens)`.
+    """
+    embeddings = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embeddings is None or embeddings.num_embeddings < 2 or embeddings.weight.is_meta:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, embeddings.num_embeddings, (num_rows, num_tokens), generator=draw)
+    return ids.to(embeddings.weight.device)
 
 
 @dataclass(slots=True, eq=False)

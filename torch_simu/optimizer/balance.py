@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch_simu._checks import check_number, problem
 from torch_simu.optimizer.entries import Entry, Selected, aligned, entries_of, local, summed_over_shards
 from torch_simu.optimizer.stepping.trust import square_norm, whitened
+from torch_simu.optimizer.storage import FACTORS
 
 _TINY = 1e-30
 
@@ -127,7 +128,7 @@ class GradientBalance:
     def _state(self, param: Tensor) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
         """Return group and state of a parameter that is whitened; None where it is not, or not yet."""
         state = self._optimizer.state.get(param, {})
-        if "neuron_factor" not in state:
+        if not any(key in state for key in FACTORS):
             return None
         groups = self._optimizer.param_groups
         return next((group, state) for group in groups if any(each is param for each in group["params"]))

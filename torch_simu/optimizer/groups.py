@@ -28,6 +28,14 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def selects_rows(group: Mapping[str, Any]) -> bool:
+    """Say whether the neurons of a group are outputs of their layers: the rows that make them.
+
+    A mark of the groups that have some, and no option: others are saved without it, as ever.
+    """
+    return bool(group.get("rows", False))
+
+
 def selected_groups(params: Iterable[Any], selection: NeuronSelection | None) -> Iterable[Any]:
     """Return a group per layout in which each named parameter trains the selected neurons of its layer, or nothing.
 

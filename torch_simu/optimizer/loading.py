@@ -15,6 +15,7 @@ from torch_simu.columns import NeuronDim, compact_shape, num_columns
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import plain_counters
 from torch_simu.optimizer.entries import compact_placements, local
+from torch_simu.optimizer.groups import selects_rows
 from torch_simu.optimizer.stepping.state import step_device
 from torch_simu.optimizer.storage import SHAPED, WHOLE
 
@@ -44,6 +45,9 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
             if saved.get(key) != group[key]:
                 wrong = f"Group {number} of the saved state has other {key} than this optimizer"
                 raise ValueError(problem(wrong, "the same selection", _ADVICE))
+        if selects_rows(saved) != selects_rows(group):
+            wrong = f"Group {number} of the saved state selects {'rows' if selects_rows(saved) else 'columns'}"
+            raise ValueError(problem(wrong, "rows" if selects_rows(group) else "columns", _ADVICE))
     for saved_id, group, param, neurons in aligned_params(state_dict, groups):
         count = None if neurons is None else len(neurons)
         shape = tuple(compact_shape(param.shape, group["neuron_dim"], count))
@@ -69,7 +73,7 @@ def arranged(groups: list[dict[str, Any]], saved: Groups) -> list[dict[str, Any]
     if len(set(own)) < num_params or sorted(names) != sorted(own):
         return groups
     held = {
-        name: (param, neurons, group["neuron_dim"])
+        name: (param, neurons, group["neuron_dim"], selects_rows(group))
         for group in groups
         for name, param, neurons in zip(group["param_names"], group["params"], group["neurons"], strict=True)
     }
@@ -77,11 +81,13 @@ def arranged(groups: list[dict[str, Any]], saved: Groups) -> list[dict[str, Any]
     for number, each in enumerate(saved):
         members = [held[name] for name in each["param_names"]]
         # A parameter of which nothing trains may be in any group.
-        if any(neurons != [] and dim != each["neuron_dim"] for _, neurons, dim in members):
+        place = each["neuron_dim"], selects_rows(each)
+        if any(neurons != [] and tuple(own_place) != place for _, neurons, *own_place in members):
             return groups
-        own_part = {"params": [param for param, _, _ in members], "neurons": [neurons for _, neurons, _ in members]}
-        named = {"param_names": list(each["param_names"]), "neuron_dim": each["neuron_dim"]}
-        result.append({**groups[min(number, len(groups) - 1)], **own_part, **named})
+        own_part = {"params": [member[0] for member in members], "neurons": [member[1] for member in members]}
+        named = {"param_names": list(each["param_names"]), "neuron_dim": place[0]}
+        options = {key: value for key, value in groups[min(number, len(groups) - 1)].items() if key != "rows"}
+        result.append({**options, **own_part, **named, **({"rows": True} if place[1] else {})})
     return result
 
 

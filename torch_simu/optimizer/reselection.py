@@ -14,6 +14,7 @@ from torch_simu.columns import Columns, NeuronDim, dims_of
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer.counters import make_due
 from torch_simu.optimizer.entries import local, stored
+from torch_simu.optimizer.groups import selects_rows
 from torch_simu.optimizer.storage import SHAPED
 
 Neurons = list[list[int] | None]
@@ -55,6 +56,7 @@ class Joining(NamedTuple):
     param: Tensor
     neurons: list[int]
     dim: NeuronDim
+    rows: bool
 
 
 def reselected_groups(
@@ -64,6 +66,7 @@ def reselected_groups(
 
     A parameter joins the first group that selects along the same dimension, so that it has that group's options. One
     that trained nothing in a group of another dimension, as named parameters of other layers do, leaves that group.
+    Where rows that make neurons train, those of the new neurons do.
 
     Raises:
         ValueError: If the model holds none of the parameters, or a layer trains otherwise already.
@@ -77,16 +80,18 @@ def reselected_groups(
         wrong = "The model holds none of the optimizer's parameters"
         raise ValueError(problem(wrong, "the model that is trained", "Pass it as it is, not a copy."))
     flags = {param: param.requires_grad for param in names}
-    wanted: dict[Tensor, tuple[list[int], NeuronDim]] = {}
-    for group in selection.param_groups(model, attention="frozen"):
+    wanted: dict[Tensor, tuple[list[int], NeuronDim, bool]] = {}
+    units = any(selects_rows(group) for group in groups)
+    for group in selection.param_groups(model, attention="frozen", units=units):
         for param, neurons in _pairs(group):
-            wanted[param] = (cast("list[int]", neurons), cast("NeuronDim", group["neuron_dim"]))
+            dim = cast("NeuronDim", group["neuron_dim"])
+            wanted[param] = (cast("list[int]", neurons), dim, selects_rows(group))
     held = [(number, param, old) for number, group in enumerate(groups) for param, old in _pairs(group)]
     whole = {param for _, param, old in held if old is None}
     other = {
         param: old
         for number, param, old in held
-        if param in wanted and not _along(param, groups[number], wanted[param][1])
+        if param in wanted and not _along(param, groups[number], *wanted[param][1:])
     }
     wrong, advice = "", "Make a new optimizer."
     if not whole.isdisjoint(wanted):
@@ -104,20 +109,21 @@ def reselected_groups(
     selecting = [number for number, group in enumerate(groups) if any(old is not None for old in group["neurons"])]
     changed = {
         number: [
-            None if old is None else [] if param in other else wanted.pop(param, ([], None))[0]
+            None if old is None else [] if param in other else wanted.pop(param, ([],))[0]
             for param, old in _pairs(groups[number])
         ]
         for number in selecting
     }
     joining = [
         Joining(
-            next((number for number in selecting if _along(param, groups[number], dim)), None),
+            next((number for number in selecting if _along(param, groups[number], dim, rows)), None),
             names[param],
             param,
             neurons,
             dim,
+            rows,
         )
-        for param, (neurons, dim) in wanted.items()
+        for param, (neurons, dim, rows) in wanted.items()
     ]
     return changed, joining
 
@@ -126,14 +132,15 @@ def join(
     groups: Sequence[dict[str, Any]], joining: Sequence[Joining], *, like: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Add parameters to the groups they join, and return new groups, with the options of one, for the others."""
-    new: dict[NeuronDim, dict[str, Any]] = {}
-    own = ("params", "neurons", "param_names", "neuron_dim")
+    new: dict[tuple[NeuronDim, bool], dict[str, Any]] = {}
+    own = ("params", "neurons", "param_names", "neuron_dim", "rows")
     # A tensor would be changed in place for both.
     options = {key: copy.deepcopy(value) for key, value in like.items() if key not in own}
     named = any("param_names" in group for group in groups)
-    for number, name, param, neurons, dim in joining:
+    for number, name, param, neurons, dim, rows in joining:
         if number is None:
-            group = new.setdefault(dim, {**copy.deepcopy(options), "params": [], "neurons": [], "neuron_dim": dim})
+            place = {"neuron_dim": dim, **({"rows": True} if rows else {})}
+            group = new.setdefault((dim, rows), {**copy.deepcopy(options), "params": [], "neurons": [], **place})
             group["params"].append((name, param) if named else param)
         else:
             group = groups[number]
@@ -178,8 +185,9 @@ def _pairs(group: Mapping[str, Any]) -> list[tuple[Tensor, list[int] | None]]:
     return list(zip(group["params"], group["neurons"], strict=True))
 
 
-def _along(param: Tensor, group: Mapping[str, Any], dim: NeuronDim) -> bool:
-    """Say whether a group counts the neurons of a parameter along these dimensions."""
-    return [each % param.dim() for each in dims_of(dim)] == [
+def _along(param: Tensor, group: Mapping[str, Any], dim: NeuronDim, rows: bool) -> bool:
+    """Say whether a group counts the neurons of a parameter along these dimensions, and means the same by them."""
+    along = [each % param.dim() for each in dims_of(dim)] == [
         each % param.dim() for each in dims_of(group["neuron_dim"])
     ]
+    return along and selects_rows(group) == rows

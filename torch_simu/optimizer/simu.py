@@ -47,7 +47,8 @@ class SIMUOptimizer(CurvatureUpdates):
         params: Parameters; `model.named_parameters()`, then `selection` says which of their entries train; or groups
             with `params`, a list `neurons` aligned with it (per parameter: None = all, [] = none, or indices) and
             `neuron_dim`, the dimension those indices count (default -1), or a tuple of dimensions, which they count
-            together with the last one fastest: `(0, 2)` of fused experts counts expert after expert.
+            together with the last one fastest: `(0, 2)` of fused experts counts expert after expert. With `rows` true
+            the neurons of a group are outputs of their layers instead of inputs.
         lr: Step size $\eta$, the largest change of one entry per step when `clip` is 1, or of a layer as a share of its
             norm where it is whitened; a float or one-element tensor.
         betas: Decay of the momentum and of the curvature.

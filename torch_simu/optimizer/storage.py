@@ -17,8 +17,12 @@ from torch_simu.optimizer.entries import Entry, local, stored
 SHAPED = ("exp_avg", "hessian", "master")
 """Keys of the state whose values have the compact shape."""
 
-FACTORS = ("neuron_factor", "output_factor")
-"""Keys of the Cholesky factors of covariances, the same in every process."""
+FACTORS = ("neuron_factor", "output_factor", "input_factor")
+"""Keys of the Cholesky factors of covariances, the same in every process.
+
+The first is of what is selected, neurons or the gradients of outputs; the others are of the other side of the weight,
+outputs where columns are selected and inputs where rows are.
+"""
 
 WHOLE = (*FACTORS, "weight_norm")
 """Keys of the state that are never spread over processes."""

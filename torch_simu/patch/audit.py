@@ -23,9 +23,9 @@ class Audit:
     """Every tensor of a model beside the base's, by hash.
 
     Attributes:
-        tensors: Tensor -> its `status` ("unchanged", "columns", "whole", "delta", "unexpected", or "unread" where one
-            side only has it and no model reads it), sha256 `before` and `after`, and for columns how many neurons are
-            `selected`, of how many.
+        tensors: Tensor -> its `status` ("unchanged", "columns", "rows", "whole", "delta", "unexpected", or "unread"
+            where one side only has it and no model reads it), sha256 `before` and `after`, and for columns and rows how
+            many are `selected`, of how many.
         problems: What is not as the patch says; empty where everything is.
         about: What was compared: "base" and "model" with a "sha256" over the lines `hash  name` of their tensors and a
             "name" where they have one, "patch" likewise (over what it says of each tensor), "date" and "version".

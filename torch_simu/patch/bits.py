@@ -32,7 +32,9 @@ def differing_neurons(before: Tensor, after: Tensor, dim: NeuronDim) -> Tensor:
     """Return the neurons in whose entries two tensors differ by a bit. Shape: `(num_differing,)`."""
     dims = len(dims_of(dim))
     different = neurons_first(bits_of(before) != bits_of(after), dim).flatten(0, dims - 1)
-    return different.flatten(1).any(dim=1).nonzero()[:, 0] if different.numel() else torch.zeros(0, dtype=torch.int64)
+    # Of a bias there are no other dimensions.
+    different = different.unsqueeze(-1).flatten(1)
+    return different.any(dim=1).nonzero()[:, 0] if different.numel() else torch.zeros(0, dtype=torch.int64)
 
 
 def check_alike(name: str, before: Tensor, after: Tensor, advice: str = "") -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch_simu._hashes import sha256_of
 from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons
 
-Kind = Literal["columns", "whole", "delta"]
+Kind = Literal["columns", "rows", "whole", "delta"]
 
 RESAVE = (
     "Of a checkpoint on disk: load the base as it was loaded for the change, save it once with save_pretrained, and "
@@ -24,8 +24,23 @@ RESAVE = (
 )
 """What helps where two checkpoints hold the same model in different forms."""
 
-Where = Mapping[str, tuple[NeuronDim, Tensor]]
-"""Tensor name -> what counts its neurons, and those that may change."""
+
+class Place(NamedTuple):
+    """Where a tensor may change.
+
+    Attributes:
+        dim: What counts its neurons.
+        neurons: Those that may change. Shape: `(num_selected,)`.
+        kind: What belongs to one of them: "columns", or "rows" where they are outputs.
+    """
+
+    dim: NeuronDim
+    neurons: Tensor
+    kind: Literal["columns", "rows"] = "columns"
+
+
+Where = Mapping[str, Place]
+"""Tensor name -> where it may change."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +48,8 @@ class Change:
     """The change of one tensor.
 
     Attributes:
-        kind: "columns": bits of selected neurons; "whole": bits of all; "delta": a delta beside a layer's codes.
+        kind: "columns": bits of selected neurons; "rows": bits of what makes them; "whole": bits of all; "delta": a
+            delta beside a layer's codes.
         before: sha256 of the tensor before; of a delta, that of the codes and scales beside it.
         after: sha256 of the tensor after; of a delta, its own.
         dtype: Of the tensor, as torch names it.
@@ -112,16 +128,12 @@ class Change:
     def _check_consistent(self) -> None:
         if not (_is_hash(self.before) and _is_hash(self.after)):
             raise ValueError(f"its hashes are {self.before!r} and {self.after!r}")
-        if (
-            self.kind not in ("columns", "whole", "delta")
-            or self.neurons.dtype != torch.int64
-            or self.neurons.dim() != 1
-        ):
+        if self.kind not in get_args(Kind) or self.neurons.dtype != torch.int64 or self.neurons.dim() != 1:
             raise ValueError(f"its kind is {self.kind!r}, its neurons are {self.neurons.dtype}")
         if len(self.neurons) and not 0 <= int(self.neurons.min()) <= int(self.neurons.max()) < self.num_neurons:
             raise ValueError(f"it changes neuron {int(self.neurons.max())} of {self.num_neurons}")
         shape = self.shape
-        if self.kind == "columns":
+        if self.kind in ("columns", "rows"):
             dims = (self.dim,) if isinstance(self.dim, int) else self.dim or ()
             counted = {range(len(shape))[each] for each in dims}
             kept = tuple(size for each, size in enumerate(shape) if each not in counted)
@@ -138,17 +150,14 @@ def _is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def change_between(
-    name: str, before: Tensor, after: Tensor, dim: NeuronDim | None, neurons: Tensor | None
-) -> Change | None:
+def change_between(name: str, before: Tensor, after: Tensor, place: Place | None) -> Change | None:
     """Return the change from one tensor to another, or None where no bit differs.
 
     Args:
         name: The tensor's name, for messages.
         before: The base's.
         after: The changed one.
-        dim: What counts its neurons; None: it may change as a whole.
-        neurons: Those that may differ; unused for a whole tensor.
+        place: Where they may differ; None: as a whole.
 
     Raises:
         ValueError: If shapes or dtypes differ.
@@ -158,11 +167,12 @@ def change_between(
     if hashes[0] == hashes[1]:
         return None
     shape, dtype = tuple(before.shape), str(before.dtype)
-    if dim is None or neurons is None:
+    if place is None:
         value = (bits_of(before) ^ bits_of(after)).cpu()
         return Change("whole", *hashes, dtype, shape, None, 0, torch.zeros(0, dtype=torch.int64), value)
+    dim, neurons, kind = place
     value, other = (columns_of(each, dim, neurons).gather(bits_of(each)) for each in (before, after))
-    return Change("columns", *hashes, dtype, shape, dim, num_columns(shape, dim), neurons.cpu(), (value ^ other).cpu())
+    return Change(kind, *hashes, dtype, shape, dim, num_columns(shape, dim), neurons.cpu(), (value ^ other).cpu())
 
 
 def changes_between(
@@ -194,14 +204,15 @@ def changes_between(
         if name not in model:
             continue
         before, after = base[name], model[name]
-        dim, neurons = where.get(name, (None, None))
-        change = change_between(name, before, after, dim, neurons)
+        place = where.get(name)
+        change = change_between(name, before, after, place)
         if change is None:
             continue
-        if dim is not None and neurons is not None:
-            outside = set(differing_neurons(before, after, dim).tolist()) - set(neurons.tolist())
+        if place is not None:
+            outside = set(differing_neurons(before, after, place.dim).tolist()) - set(place.neurons.tolist())
             if outside:
-                wrong = f"Neuron {min(outside)} of tensor {name!r} differs and is not selected ({len(outside)} such)"
+                what = "Row" if place.kind == "rows" else "Neuron"
+                wrong = f"{what} {min(outside)} of tensor {name!r} differs and is not selected ({len(outside)} such)"
                 raise ValueError(problem(wrong, "selected neurons only"))
         elif not whole(name):
             wrong = f"Tensor {name!r} differs and has no selected neuron"

@@ -22,7 +22,7 @@ from torch_simu.deltas.files import DELTAS
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
 from torch_simu.patch.beside import check_deltas, deltas_beside, layer_of, put_deltas, stored_fingerprint
-from torch_simu.patch.change import Change, Where, changes_between
+from torch_simu.patch.change import Change, Place, Where, changes_between
 from torch_simu.patch.model import neurons_of
 from torch_simu.patch.patch import NeuronPatch
 from torch_simu.patch.reading import Checkpoint, is_quantized, opened
@@ -35,6 +35,7 @@ def patch_between_checkpoints(
     selection: NeuronSelection,
     *,
     whole: str | None = None,
+    units: bool = False,
     provenance: Mapping[str, object] | None = None,
 ) -> NeuronPatch:
     """Return the patch that turns one folder of safetensors files into another.
@@ -45,6 +46,7 @@ def patch_between_checkpoints(
         selection: The neurons that may differ.
         whole: A regular expression, anywhere in their names, for tensors that may differ as a whole (attention
             projections that were trained in full, say); None: none may.
+        units: Whether the rows that make these neurons may differ, too: of the projections beside their layers.
         provenance: What to keep with the patch, as JSON values.
 
     Raises:
@@ -70,7 +72,7 @@ def patch_between_checkpoints(
         changes = changes_between(
             before,
             after,
-            _where(before, base, _beside_no(deltas, selection)),
+            _where(before, base, _beside_no(deltas, selection), units=units),
             lambda name: allowed is not None and bool(allowed.search(name)),
             unread=before.unread | after.unread,
         )
@@ -198,15 +200,18 @@ def _beside_no(deltas: Mapping[str, Change], selection: NeuronSelection) -> Neur
     )
 
 
-def _where(base: Checkpoint, folder: str | Path, selection: NeuronSelection) -> Where:
+def _where(base: Checkpoint, folder: str | Path, selection: NeuronSelection, *, units: bool) -> Where:
     if base.model is not None:
-        return neurons_of(base.model, selection)
+        return neurons_of(base.model, selection, units=units)
+    if units:
+        wrong = f"units is True, and the model of {str(folder)!r} is not known"
+        raise ValueError(problem(wrong, "a configuration that transformers knows, of float weights"))
     where = {}
     for layer in selection:
         name = next((key for key in (f"{layer}.weight", f"{layer}.down_proj") if key in base), None)
         if name is None:
             raise KeyError(problem(f"Layer {layer!r} is not in {str(folder)!r}", "the checkpoint of the selection"))
-        where[name] = (_neuron_dim(name, base[name], selection.num_neurons[layer]), selection[layer])
+        where[name] = Place(_neuron_dim(name, base[name], selection.num_neurons[layer]), selection[layer])
     return where
 
 

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.deltas.layer import DeltaLayer
-from torch_simu.layers import attention_projections, check_num_neurons, neuron_dim, neuron_weight, select_layers
+from torch_simu.layers import (
+    attention_projections,
+    check_num_neurons,
+    neuron_dim,
+    neuron_weight,
+    select_layers,
+    sources_beside,
+)
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.neurons import NeuronSelection
-from torch_simu.patch.change import Where
+from torch_simu.patch.change import Place, Where
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -50,17 +57,22 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
-    """Return what counts the neurons of each float weight of a selected layer, and the selected ones.
+def neurons_of(model: nn.Module, selection: NeuronSelection, *, units: bool = False) -> Where:
+    """Return where the float weights of the selected layers may change.
 
     The weights themselves are not read: a model on the meta device will do.
+
+    Args:
+        model: The model.
+        selection: The neurons.
+        units: Whether the rows that make them may change, too: of the projections beside their layers, by their sizes.
 
     Raises:
         KeyError: If a layer is not in the model.
         ValueError: If a layer has another number of neurons than the selection says, or its weight is computed from
-            other parameters.
+            other parameters; with `units`, if no such projection stands beside it.
     """
-    where = {}
+    where: dict[str, Place] = {}
     for name, layer in (select_layers(model, selection) if len(selection) else {}).items():
         check_num_neurons(name, layer, selection.num_neurons[name])
         weight = neuron_weight(layer)
@@ -69,7 +81,16 @@ def neurons_of(model: nn.Module, selection: NeuronSelection) -> Where:
             wrong = f"The weight of layer {name!r} is computed from other parameters"
             raise ValueError(problem(wrong, "a parameter", "Remove the parametrization, in the base and the model."))
         if weight.is_floating_point():
-            where[f"{name}.{key}"] = (neuron_dim(layer), selection[name])
+            where[f"{name}.{key}"] = Place(neuron_dim(layer), selection[name])
+    for name, sources in sources_beside(model, selection if units else ()).items():
+        for source in sources:
+            rows = source.rows(selection[name].tolist())
+            where |= {
+                # Of each its own, because files refuse tensors that share memory.
+                f"{source.name}.{key}": Place(source.dim, torch.tensor(rows, dtype=torch.int64), "rows")
+                for key, param in source.layer.named_parameters(recurse=False)
+                if param.is_floating_point()
+            }
     return where
 
 

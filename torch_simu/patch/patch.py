@@ -59,6 +59,7 @@ class NeuronPatch:
         model: nn.Module,
         selection: NeuronSelection,
         *,
+        units: bool = False,
         provenance: Mapping[str, object] | None = None,
     ) -> NeuronPatch:
         """Return the patch that turns `base` into `model`.
@@ -67,6 +68,7 @@ class NeuronPatch:
             base: The model before.
             model: The model after: with changed weights, or with deltas attached.
             selection: The neurons that may differ. Attention projections may differ, too, where the model has them.
+            units: Whether the rows that make these neurons may differ, too; see `NeuronSelection.param_groups`.
             provenance: What to keep with the patch, as JSON values.
 
         Raises:
@@ -74,7 +76,7 @@ class NeuronPatch:
             KeyError: If a selected layer is not in the model.
         """
         changes = changes_between(
-            tensors_of(base), tensors_of(model), neurons_of(base, selection), may_differ_whole(base)
+            tensors_of(base), tensors_of(model), neurons_of(base, selection, units=units), may_differ_whole(base)
         )
         plain = dict(base.named_modules())
         for name, layer in attached_layers(model).items():
@@ -148,10 +150,16 @@ class NeuronPatch:
         return kind_of(path) == _KIND
 
     def __repr__(self) -> str:
-        selected = sum(len(change.neurons) for change in self.changes.values())
-        total = sum(change.num_neurons for change in self.changes.values())
+        parts: dict[str, list[Change]] = {"neurons": [], "rows": []}
+        for change in self.changes.values():
+            parts["rows" if change.kind == "rows" else "neurons"].append(change)
+        said = [
+            f"{sum(len(each.neurons) for each in found)} of {sum(each.num_neurons for each in found)} {what}"
+            for what, found in parts.items()
+            if found or what == "neurons"
+        ]
         count = len(self.changes)
-        return f"NeuronPatch({count} tensor{'s' * (count != 1)}, {selected} of {total} neurons)"
+        return f"NeuronPatch({count} tensor{'s' * (count != 1)}, {', '.join(said)})"
 
     def _flip(self, model: nn.Module, *, applied: bool) -> None:
         tensors, modules = tensors_of(model), dict(model.named_modules())

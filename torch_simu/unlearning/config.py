@@ -102,6 +102,7 @@ class UnlearnConfig:
         threshold: Share of the largest score for the rule "threshold".
         scope: Whether neurons compete within their "layer" or over all layers ("global").
         attention: Whether attention projections train too: "frozen", or "full" as in the paper.
+        units: Whether the rows of the gate and up projections that make the chosen neurons train, too.
         layers: Regular expression for the down projections; None: known from the model type.
         attribution_method: As `method` of `attribute_neurons`.
         attribution_steps: Path steps of the attribution.
@@ -153,6 +154,7 @@ class UnlearnConfig:
     threshold: float = 0.3
     scope: Literal["layer", "global"] = "layer"
     attention: Literal["frozen", "full"] = "frozen"
+    units: bool = False
     layers: str | None = None
     attribution_method: Literal["auto", "packed", "decode", "prefix", "layerwise", "joint"] = "auto"
     attribution_steps: int = 10
@@ -202,6 +204,9 @@ class UnlearnConfig:
         if self.whitened and not (self.second_order and self.trains_neurons):
             wrong = f"curvature is {self.curvature!r} for method {self.method!r}"
             raise ValueError(problem(wrong, "'gnb'", "Covariances of neurons need a method that trains neurons."))
+        if self.units and not self.trains_neurons:
+            wrong = f"units is True for method {self.method!r}"
+            raise ValueError(problem(wrong, "False", "Units are neurons with what makes them; take such a method."))
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(problem(f"betas is {self.betas!r}", "two numbers in [0, 1)"))
         for number, beta in enumerate(self.betas):

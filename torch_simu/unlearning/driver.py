@@ -144,7 +144,7 @@ def unlearn(
             log = [] if saved is None else saved.load(params, optimizer, adversary)
             stream = StepBatches(forget, retain, config, pad_id, model.device)
             refresh = Refresh(retain, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
-            hooks = opened.enter_context(make_hooks(model, selection, config) or nullcontext())
+            hooks = opened.enter_context(make_hooks(model, optimizer, config) or nullcontext())
             balance = GradientBalance(optimizer) if config.balance else None
             stepper = Stepper(model, optimizer, objective, stream, refresh, hooks, balance, adversary)
             reached = bool(log) and _reached(log[-1], config)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
 from torch_simu.deltas import trained_groups
-from torch_simu.hooks import NeuronHooks, register_neuron_hooks
-from torch_simu.layers import attention_projections, is_fused_experts, num_neurons, select_layers
+from torch_simu.hooks import NeuronHooks
+from torch_simu.layers import attention_projections, is_fused_experts, select_layers
 from torch_simu.neurons import NeuronSelection
-from torch_simu.optimizer import GradientBalance, SIMUOptimizer
+from torch_simu.optimizer import GradientBalance, SIMUOptimizer, covariance_hooks
 from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
@@ -67,7 +67,7 @@ def make_optimizer(
     groups: list[dict[str, object]]
     if selection is not None:
         _check_hookable(model, selection, config)
-        groups = trained_groups(model, selection, config.attention)
+        groups = trained_groups(model, selection, config.attention, units=config.units)
     else:
         model.requires_grad_(False)
         owners = attention_projections(model).values() if config.where == "attention" else [model]
@@ -106,17 +106,9 @@ def _check_hookable(model: PreTrainedModel, selection: NeuronSelection, config: 
             raise ValueError(problem(wrong, f"layers that hooks see, for curvature {config.curvature!r}", advice))
 
 
-def make_hooks(model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig) -> NeuronHooks | None:
+def make_hooks(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConfig) -> NeuronHooks | None:
     """Return hooks on what trains, where the curvature is a covariance; they record inside `recording` only."""
-    if selection is None or not config.whitened:
-        return None
-    layers: dict[str, Tensor] = {layer: selection[layer] for layer in selection if len(selection[layer])}
-    if config.attention == "full":
-        for name, layer in attention_projections(model).items():
-            layers[name] = torch.arange(num_neurons(layer))
-    return register_neuron_hooks(
-        model, layers, reduce="covariance", outputs=config.curvature == "both", recording=False
-    )
+    return covariance_hooks(model, optimizer, recording=False) if config.whitened else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def test_a_model_on_two_devices_is_whitened_where_its_layers_are() -> None:
 def test_looking_at_the_neurons_of_each_refresh_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_simu.optimizer.curvature import factors
 
-    def places(trained: Any, hooks: NeuronHooks) -> Tensor:
+    def places(trained: Any, hooks: NeuronHooks, **_: bool) -> Tensor:
         torch.equal(trained.neurons, trained.neurons)
         return trained.neurons
 

@@ -94,7 +94,7 @@ def on_all_rows():
     def records(*arguments, recording, **options):
         return register_neuron_hooks(*arguments, **options)
 
-    return (mock.patch("torch_simu.unlearning.trainer.covariances.register_neuron_hooks", records),)
+    return (mock.patch("torch_simu.optimizer.curvature.hooking.register_neuron_hooks", records),)
 
 
 def on_retain_rows():

@@ -97,6 +97,7 @@ OwnFraction = Annotated[float | None, typer.Option(help="Share of neurons to tra
 Threshold = Annotated[float, typer.Option(help="Share of the largest score, for --rule threshold.")]
 Scope = Annotated[str, typer.Option(help="Where neurons compete: in their layer, or in all layers together (global).")]
 Attention = Annotated[str, typer.Option(help="Attention projections: frozen or full (the paper's form).")]
+Units = Annotated[bool, typer.Option(help="Also train the gate and up rows that make the chosen neurons.")]
 Layers = Annotated[str | None, typer.Option(help="Regular expression for the MLP down projections of unknown models.")]
 PathSteps = Annotated[int, typer.Option(help="Path points of the attribution.")]
 Budget = Annotated[

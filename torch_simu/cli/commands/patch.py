@@ -57,12 +57,16 @@ def create(
     whole: Annotated[
         str | None, typer.Option(help="Regular expression for tensors that may differ as a whole, attention say.")
     ] = None,
+    units: Annotated[
+        bool, typer.Option("--units", help="The gate and up rows that make the neurons may differ, too.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write what differs between two checkpoints, and refuse if anything but the selected neurons does."""
     check_replaceable(out, ours=NeuronPatch.is_file(out), force=force)
     provenance = {"base": base.resolve().name, "model": model.resolve().name}
-    patch = patch_between_checkpoints(base, model, NeuronSelection.load(selection), whole=whole, provenance=provenance)
+    chosen = NeuronSelection.load(selection)
+    patch = patch_between_checkpoints(base, model, chosen, whole=whole, units=units, provenance=provenance)
     patch.save(out)
     say(Console(), f"{patch}: {out}")
 
@@ -109,6 +113,7 @@ def show(patch: PatchFile) -> None:
     for key, value in found.provenance.items():
         say(console, f"{key}: {value}")
     for name, change in found.changes.items():
-        neurons = f"{len(change.neurons)} of {change.num_neurons} neurons" if change.num_neurons else "all"
+        what = "rows" if change.kind == "rows" else "neurons"
+        neurons = f"{len(change.neurons)} of {change.num_neurons} {what}" if change.num_neurons else "all"
         line = f"{name}  {change.kind}  {neurons}  {change.dtype}  {change.before[:12]} -> {change.after[:12]}"
         say(console, line, soft_wrap=True)

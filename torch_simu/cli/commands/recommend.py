@@ -33,6 +33,7 @@ def recommend(
     out: _OutName = "OUT_DIR",
     method: options.Method = _RUN.method,
     attention: options.Attention = _RUN.attention,
+    units: options.Units = _RUN.units,
     layers: options.Layers = None,
     forget_target: options.ForgetTarget = _TARGET,
     batch_size: options.BatchSize = _RUN.forget_batch_size,
@@ -50,6 +51,7 @@ def recommend(
     config = UnlearnConfig(
         method=cast("MethodName", method),
         attention=cast("Literal['full', 'frozen']", attention),
+        units=units,
         layers=layers,
         forget_target=forget_target,
         seed=seed,

@@ -16,7 +16,8 @@ from torch_simu.hooks import NeuronHookError, NeuronHooks
 from torch_simu.layers import neuron_dim
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
-from torch_simu.optimizer.storage import FACTORS
+from torch_simu.optimizer.groups import selects_rows
+from torch_simu.optimizer.stepping.trust import factor_keys
 from torch_simu.whitening import damped_cholesky, undamped
 
 
@@ -28,7 +29,8 @@ class Trained(NamedTuple):
         group: The options of its group.
         layer: The layer.
         name: Name of the layer.
-        neurons: The layer's neurons whose columns train, in order. Shape: `(num_selected,)`.
+        neurons: The layer's neurons whose columns train, or its outputs whose rows do, in order. Shape:
+            `(num_selected,)`.
     """
 
     entry: Entry
@@ -39,13 +41,12 @@ class Trained(NamedTuple):
 
 
 class Covariances(NamedTuple):
-    """What one refresh found of a layer, over all processes: a mean over `num_positions`, which may be zero.
+    """What one refresh found of a layer, over all processes: means over `num_positions`, which may be zero.
 
-    That of the outputs has a mean diagonal of one.
+    Those of gradients have a mean diagonal of one. `sides` has them by the key of the state that their factor goes to.
     """
 
-    neurons: Tensor
-    outputs: Tensor | None
+    sides: Mapping[str, Tensor]
     num_positions: Tensor
 
 
@@ -69,9 +70,11 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
         indices, delta = entry.columns.indices, _is_delta(param, layer)
-        if not delta and dim % 2 != cast("int", neuron_dim(layer)) % 2:
-            wrong = f"The optimizer selects outputs of layer {name!r}"
-            raise ValueError(problem(wrong, "neurons, which are its inputs", 'Take curvature="gnb" for that group.'))
+        if not delta and selects_rows(group) != (dim % 2 != cast("int", neuron_dim(layer)) % 2):
+            wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
+            expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
+            advice = 'Take curvature="gnb" for that group, or groups of selection.param_groups(model, units=True).'
+            raise ValueError(problem(wrong, expected, advice))
         if indices is None:
             columns = cast("Tensor", layer.idx) if delta else torch.arange(shape[dim], device=local(param).device)
         else:
@@ -94,28 +97,41 @@ def covariances(
         raise NeuronHookError(str(_error(hooks, layers[0].name)))
     found = []
     for trained, has in zip(layers, recorded, strict=True):
-        size, both = len(trained.neurons), trained.group["curvature"] == "both"
-        grad = trained.entry.grad
-        # Of all outputs, also where this process holds some of their rows only.
-        width = trained.entry.param.shape[(trained.group["neuron_dim"] + 1) % 2]
-        sides = [grad.new_zeros(each, each) for each in ((size, width) if both else (size,))]
+        grad, shape, dim = trained.entry.grad, trained.entry.param.shape, cast("int", trained.group["neuron_dim"])
+        keys = factor_keys(trained.group)
+        # Of the whole other side, also where this process holds a part of it only.
+        sizes = {"neuron_factor": len(trained.neurons)}
+        sides = {key: grad.new_zeros(size, size) for key in keys for size in [sizes.get(key, shape[(dim + 1) % 2])]}
         count = torch.zeros((), dtype=torch.int64, device=grad.device)
         if has:
-            places = _places(trained, hooks)
-            total = hooks[trained.name]
-            places = places.to(total.device)
-            sides[0] = total.index_select(0, places).index_select(1, places).to(grad)
-            if both:
-                sides[1] = hooks.outputs[trained.name].to(grad)
+            sides = {key: _seen(trained, hooks, key).to(grad) for key in keys}
             count = hooks.num_positions(trained.name).to(grad.device)
         if dist.is_available() and dist.is_initialized():
             # Sums that were added up before are only scaled, and the count with them.
             count = count.clone()
-            for each in (*sides, count):
+            for each in (*sides.values(), count):
                 dist.all_reduce(each, dist.ReduceOp.SUM, process_group)
-        neurons = sides[0] / count.clamp(min=1)
-        found.append(Covariances(neurons, _unit(sides[1]) if both else None, count))
+        of_gradients = "neuron_factor" if selects_rows(trained.group) else "output_factor"
+        means = {key: _unit(each) if key == of_gradients else each / count.clamp(min=1) for key, each in sides.items()}
+        found.append(Covariances(means, count))
     return found
+
+
+def _seen(trained: Trained, hooks: NeuronHooks, key: str) -> Tensor:
+    """Return what hooks summed up for one side of a layer: of what trains, or of the whole other side."""
+    rows = selects_rows(trained.group)
+    outputs = key == "output_factor" or (rows and key == "neuron_factor")
+    total = hooks.outputs[trained.name] if outputs else hooks[trained.name]
+    if key == "output_factor":
+        return total
+    if key == "input_factor":
+        seen, width = hooks.neurons(trained.name), trained.entry.param.shape[(trained.group["neuron_dim"] + 1) % 2]
+        if seen is not None and len(seen) != width:
+            wrong = f"The hooks on layer {trained.name!r} see {len(seen)} of its {width} inputs"
+            raise ValueError(problem(wrong, "all, since rows of it train", "Register them with its name alone."))
+        return total
+    places = _places(trained, hooks, outputs=outputs).to(total.device)
+    return total.index_select(0, places).index_select(1, places)
 
 
 def _unit(covariance: Tensor) -> Tensor:
@@ -132,9 +148,7 @@ def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, fi
     # A model may be spread over several devices, and one of them says whether all is finite.
     chosen = found.num_positions > 0
     chosen = chosen & (finite.to(chosen.device) if isinstance(finite, Tensor) else finite)
-    for key, covariance in zip(FACTORS, (found.neurons, found.outputs), strict=True):
-        if covariance is None:
-            continue
+    for key, covariance in found.sides.items():
         covariance = torch.where(chosen, covariance, 0)
         before = None if unrefreshed(trained.group) else state.get(key)
         mixed = covariance if before is None else torch.lerp(undamped(before, damping=damping), covariance, 1 - beta2)
@@ -168,16 +182,17 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
     raise AssertionError(layer)
 
 
-def _places(trained: Trained, hooks: NeuronHooks) -> Tensor:
+def _places(trained: Trained, hooks: NeuronHooks, *, outputs: bool) -> Tensor:
     """Return where the neurons that train are among those that a hook saw."""
-    seen, count = hooks.neurons(trained.name), len(trained.neurons)
+    seen, count = hooks.neurons(trained.name, outputs=outputs), len(trained.neurons)
     if seen is not None and trained.entry.columns.indices is None and not _is_delta(trained.entry.param, trained.layer):
         # All train: whether all were seen tells their number, for which no device is read.
         places = trained.neurons if len(seen) == count else None
     else:
-        places = hooks.places(trained.name, trained.neurons)
+        places = hooks.places(trained.name, trained.neurons, outputs=outputs)
     if places is None:
-        wrong = f"The hooks on layer {trained.name!r} see {len(cast('Tensor', seen))} neurons, and not all that train"
+        what = "outputs" if outputs else "neurons"
+        wrong = f"The hooks on layer {trained.name!r} see {len(cast('Tensor', seen))} {what}, and not all that train"
         advice = "Register them with the selection that trains."
         raise ValueError(problem(wrong, f"the {count} that train among them", advice))
     return places

@@ -114,7 +114,8 @@ class CurvatureUpdates(Optimizer):
 
         $A \leftarrow \beta_2 A + (1 - \beta_2) \hat A$, with $\hat A$ the mean of $a a^T$ over the positions that a
         backward reached; the first one is taken as it is. Run the forget batch with the hooks in place, call this
-        where `hessian_due` says so, then `step`. The state keeps Cholesky factors, and the norm of the weights.
+        where `hessian_due` says so, then `step`. The state keeps Cholesky factors, and the norm of the weights. Of
+        a layer whose rows train it is the covariance of all inputs, and for "both" that of the gradients of its rows.
 
         Args:
             hooks: Of `register_neuron_hooks(model, selection, reduce="covariance")`, with `outputs=True` for "both".
@@ -144,8 +145,7 @@ class CurvatureUpdates(Optimizer):
         sides = [
             trained.entry._replace(grad=side)
             for trained, each in zip(layers, found, strict=True)
-            for side in (each.neurons, each.outputs)
-            if side is not None
+            for side in each.sides.values()
         ]
         finite = self._guard.passes(sides, self.param_groups, "refresh")
         if finite is False:

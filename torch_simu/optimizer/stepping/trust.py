@@ -13,8 +13,9 @@ from torch_simu.columns import NeuronDim
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
+from torch_simu.optimizer.groups import selects_rows
 from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
-from torch_simu.optimizer.storage import FACTORS, read, write
+from torch_simu.optimizer.storage import read, write
 from torch_simu.whitening import trust_step_, trust_update_, whiten
 
 
@@ -36,10 +37,22 @@ def make_room(group: Mapping[str, Any], entries: Sequence[Entry], states: Sequen
         if entry.param.dim() != 2:
             continue
         dim = cast("int", group["neuron_dim"]) % 2
-        # Of all outputs, also where this process holds some of their rows only; neurons are whole in every process.
-        sizes = (entry.grad.shape[dim], entry.param.shape[1 - dim])
-        for key, size in zip(FACTORS[: 2 if group["curvature"] == "both" else 1], sizes, strict=False):
+        for key in factor_keys(group):
+            # Of the whole other side, also where this process holds a part of it; neurons are whole in every process.
+            size = entry.grad.shape[dim] if key == "neuron_factor" else entry.param.shape[1 - dim]
             state[key] = entry.grad.new_zeros(size, size)
+
+
+def factor_keys(group: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the state that hold the factors of a group's curvature.
+
+    Columns are whitened by their neurons, and with "both" by their outputs beside them; rows by their inputs, and with
+    "both" by the gradients of the selected outputs.
+    """
+    both = group["curvature"] == "both"
+    if selects_rows(group):
+        return ["neuron_factor", "input_factor"] if both else ["input_factor"]
+    return ["neuron_factor", "output_factor"] if both else ["neuron_factor"]
 
 
 def trust_entries(
@@ -70,20 +83,20 @@ def trust_entries(
 def whitened(group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -> Tensor:
     """Return the whitened gradient, in the shape of the compact one."""
     grad = -entry.grad if group["maximize"] else entry.grad
-    factor, outputs = state.get("neuron_factor"), state.get("output_factor")
+    factor, other = state.get("neuron_factor"), state.get("output_factor", state.get("input_factor"))
     dim = group["neuron_dim"]
     if factor is not None:
         grad = neurons_last(whiten(neurons_last(grad, dim), factor), dim)
-    if outputs is None:
+    if other is None:
         return grad
     if not is_dtensor(entry.param):
-        return neurons_last(whiten(neurons_last(grad, dim), None, outputs), dim)
+        return neurons_last(whiten(neurons_last(grad, dim), None, other), dim)
     from torch.distributed.tensor import distribute_tensor
 
-    # The outputs are spread over the processes, and every one of them depends on all.
+    # The other side is spread over the processes, and every part of it depends on all.
     spread = stored(grad, entry.param, entry.columns)
     assert is_dtensor(spread)
-    whole = neurons_last(whiten(neurons_last(spread.full_tensor(), dim), None, outputs), dim)
+    whole = neurons_last(whiten(neurons_last(spread.full_tensor(), dim), None, other), dim)
     return local(distribute_tensor(whole, spread.device_mesh, spread.placements, src_data_rank=None))
 
 

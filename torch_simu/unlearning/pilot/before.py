@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from torch_simu.bitsandbytes.packing import let_codes_go
 from torch_simu.deltas import attached_layers
 from torch_simu.deltas.layer import detach
-from torch_simu.layers import attention_projections, down_projections
+from torch_simu.layers import attention_projections, down_projections, sources_beside
 from torch_simu.unlearning.config import UnlearnConfig
 
 
@@ -56,6 +56,12 @@ def _trained(model: PreTrainedModel, config: UnlearnConfig) -> list[nn.Module]:
     if config.where == "all":
         return [model]
     found = [] if config.where == "attention" else list(down_projections(model, config.layers).values())
+    if config.units:
+        found += [
+            source.layer
+            for each in sources_beside(model, down_projections(model, config.layers)).values()
+            for source in each
+        ]
     if config.where == "attention" or config.attention == "full":
         found += attention_projections(model).values()
     return found

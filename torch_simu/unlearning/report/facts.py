@@ -29,6 +29,7 @@ class RunFacts:
         before_tensors: Tensor -> sha256, of the model as it was.
         after_tensors: Tensor -> sha256, of the model that is written.
         trained: Layer -> how many of its neurons trained, of how many; empty where whole weights did.
+        trained_rows: Projection -> how many of its rows trained, of how many, where what makes the neurons did.
         before: The figures of the model as it was.
         after: Those of the model that forgot.
         reference: Those of a model that never saw the rows.
@@ -47,6 +48,7 @@ class RunFacts:
     before_tensors: Mapping[str, str]
     after_tensors: Mapping[str, str]
     trained: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    trained_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     before: MethodResult
     after: MethodResult
     reference: MethodResult | None = None
@@ -101,14 +103,18 @@ class RunFacts:
             "num_changed": len(differ),
             "num_unchanged": len(same),
             "sha256": sha256_of_hashes(after),
-            "layers": {layer: {"trained": some, "of": many} for layer, (some, many) in self.trained.items()},
+            "layers": _counted(self.trained),
+            **({"rows": _counted(self.trained_rows)} if self.trained_rows else {}),
             "changed": differ,
             "unchanged": same,
         }
 
     def _selected(self, tensor: str) -> dict[str, int]:
-        some, many = self.trained.get(tensor.rpartition(".")[0], (0, 0))
-        return {"neurons": some, "of": many} if many else {}
+        layer = tensor.rpartition(".")[0]
+        for key, counts in (("neurons", self.trained), ("rows", self.trained_rows)):
+            if layer in counts:
+                return {key: counts[layer][0], "of": counts[layer][1]}
+        return {}
 
     def _measures(self, name: str) -> dict[str, dict[str, float]]:
         known = [key for key in MEASURES if key in self.before.sets[name] and key in self.after.sets[name]]
@@ -184,6 +190,10 @@ class RunFacts:
             "What was kept was measured on the sets above only; other knowledge and skills may have changed.",
             "This report is not signed: who can write its files can write other hashes into them.",
         ]
+
+
+def _counted(counts: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {layer: {"trained": some, "of": many} for layer, (some, many) in counts.items()}
 
 
 def _of_set(name: str, key: str, result: MethodResult) -> float | None:

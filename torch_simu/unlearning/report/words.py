@@ -172,6 +172,9 @@ def _change(changed: _Facts) -> Section:
     if changed["layers"]:
         layers = [[name, str(each["trained"]), str(each["of"])] for name, each in changed["layers"].items()]
         parts.append(Table(["Layer", "Neurons trained", "Of"], layers, numbers=True))
+        if rows := [[name, str(each["trained"]), str(each["of"])] for name, each in changed.get("rows", {}).items()]:
+            parts.append("The rows that make these neurons were trained, too, weights and biases, and no others:")
+            parts.append(Table(["Projection", "Rows trained", "Of"], rows, numbers=True))
     else:
         parts.append("Whole weights were trained, not chosen neurons.")
     return Section("What changed", parts)
@@ -272,6 +275,8 @@ def _models(*figures: _Facts) -> list[str]:
 
 
 def _neurons(each: _Facts) -> str:
+    if "rows" in each:
+        return f"{each['rows']} of {each['of']} rows"
     return f"{each['neurons']} of {each['of']}" if "of" in each else "whole"
 
 

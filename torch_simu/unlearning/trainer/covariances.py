@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from torch_simu._checks import problem
-from torch_simu.hooks import register_neuron_hooks
-from torch_simu.optimizer.groups import WHITENED
+from torch_simu.optimizer import covariance_hooks
 from torch_simu.unlearning.refresh import find_simu_optimizer
 
 
@@ -49,18 +45,7 @@ class CovarianceRefresh:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._optimizer = find_simu_optimizer(optimizer)
-        groups = whitened_groups(self._optimizer)
-        if not groups:
-            found = ", ".join(sorted({repr(group["curvature"]) for group in self._optimizer.param_groups}))
-            advice = "Take CurvatureRefresh for 'gnb'."
-            raise ValueError(problem(f"The optimizer has curvature {found}", "'neurons' or 'both'", advice))
-        self._hooks = register_neuron_hooks(
-            model,
-            _trained_neurons(model, groups),
-            reduce="covariance",
-            outputs=any(group["curvature"] == "both" for group in groups),
-            recording=False,
-        )
+        self._hooks = covariance_hooks(model, self._optimizer, recording=False)
 
     @contextmanager
     def forget(self) -> Iterator[None]:
@@ -99,35 +84,3 @@ class CovarianceRefresh:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def whitened_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer, wrapped or not, whose curvature is a covariance from hooks.
-
-    Examples:
-        >>> whitened_groups(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]))
-        []
-    """
-    return [group for group in optimizer.param_groups if group.get("curvature") in WHITENED]
-
-
-def _trained_neurons(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return layer -> its neurons that train, in order, of all weights in some groups."""
-    owners = {
-        param: (name, layer) for name, layer in model.named_modules() for param in layer.parameters(recurse=False)
-    }
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        for param, neurons in zip(group["params"], group["neurons"], strict=True):
-            # A bias has no neurons.
-            if param.dim() != 2 or not param.requires_grad or neurons == []:
-                continue
-            if param not in owners:
-                wrong = f"The optimizer trains a weight of shape {tuple(param.shape)} that is not in the model"
-                raise ValueError(problem(wrong, "the model that it trains", "Make it from this model's parameters."))
-            name, layer = owners[param]
-            columns = torch.arange(param.shape[group["neuron_dim"]]) if neurons is None else torch.tensor(neurons)
-            if param is getattr(layer, "delta", None):
-                columns = cast("Tensor", layer.idx).to(columns.device)[columns]
-            found[name] = columns
-    return found

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_simu.optimizer import GradientBalance
+from torch_simu.optimizer.curvature.hooking import whitened_groups
 from torch_simu.unlearning.differentiate import differentiate, retain_weight
 from torch_simu.unlearning.objectives import Term
-from torch_simu.unlearning.trainer.covariances import CovarianceRefresh, whitened_groups
+from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
 
 
 class StepGradients:

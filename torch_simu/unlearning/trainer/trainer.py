@@ -50,6 +50,7 @@ class SIMUOptimizerFactory:
         *,
         selection: NeuronSelection,
         attention: Literal["full", "frozen"] = "frozen",
+        units: bool = False,
         **options: Any,
     ) -> SIMUOptimizer:
         """Return an optimizer of the selected neurons, or of their deltas; nothing else requires a gradient afterwards.
@@ -58,13 +59,14 @@ class SIMUOptimizerFactory:
             model: The model the selection was made on.
             selection: The neurons that train.
             attention: Whether the attention projections train whole; see `NeuronSelection.param_groups`.
+            units: Whether the rows that make them train, too; see there.
             options: Those of `SIMUOptimizer`: `lr`, `rho`, `hessian_interval` and so on.
 
         Raises:
             ValueError: If an option is out of bounds, or the selection does not fit the model.
             KeyError: If a layer is not in the model.
         """
-        return SIMUOptimizer(trained_groups(model, selection, attention), **options)
+        return SIMUOptimizer(trained_groups(model, selection, attention, units=units), **options)
 
 
 def allow_quantized_training(model: PreTrainedModel) -> None:

@@ -1,0 +1,1 @@
+"""Neurons as units: the rows that make them train beside their columns."""
