@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import MappingProxyType
 
 from torch_simu._checks import check_count, problem
 
-_UNITS = {"": None, "s": "seconds", "m": "minutes", "h": "hours"}
+_SECONDS: Mapping[str, int] = MappingProxyType({"s": 1, "m": 60, "h": 3600})
 
 
 def budget_of(text: int | str) -> int | timedelta:
@@ -27,8 +29,8 @@ def budget_of(text: int | str) -> int | timedelta:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
         if found is None or (not found[2] and "." in found[1]):
             raise ValueError(problem(f"budget is {text!r}", "passes as '31', or a time as '90s', '10m' or '1.5h'"))
-        unit = _UNITS[found[2]]
-        budget = int(found[1]) if unit is None else timedelta(**{unit: float(found[1])})
+        unit = found[2]
+        budget = timedelta(seconds=float(found[1]) * _SECONDS[unit]) if unit else int(found[1])
     else:
         budget = text
     Limit(budget)

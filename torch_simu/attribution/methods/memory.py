@@ -80,14 +80,15 @@ def bytes_per_token(model: nn.Module, ids: Tensor) -> int:
         model: A causal language model, frozen.
         ids: Token ids. Shape: `(length,)`.
     """
-    known = {param.untyped_storage().data_ptr() for param in model.parameters() if not param.is_meta}
+    # By the storage and not by its address, which tensors that wrap others do not have.
+    known = {param.untyped_storage()._cdata for param in model.parameters() if not param.is_meta}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in known:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in known:
             # Held to the end, lest another tensor takes its place.
-            kept[pointer] = tensor
+            kept[storage] = tensor
         return tensor
 
     def traced(_: nn.Module, __: object, output: Tensor) -> Tensor:
