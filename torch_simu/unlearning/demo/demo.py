@@ -136,7 +136,7 @@ class Fiction:
 
 
 def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
-    """Write the demo's corpus and encode it."""
+    """Write the demo's corpus, of a recipe's size and drawn from the seed, and encode it."""
     corpus = make_corpus(
         seed,
         num_forget=recipe.num_forget,
@@ -152,7 +152,7 @@ def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
 
 
 def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedModel:
-    """Make the demo's Llama with random weights."""
+    """Make the demo's Llama, of a recipe's size and for a vocabulary, with weights drawn from the seed."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=recipe.d_model,
@@ -171,7 +171,7 @@ def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedMode
 
 
 def measured(model: PreTrainedModel, fiction: Fiction) -> dict[str, Measures]:
-    """Measure what a model knows of each set of the demo."""
+    """Measure what a model knows of each set of the demo (`fiction`)."""
     return {
         name: evaluate(model, fiction.tokenizer, rows, batch_size=128, rouge=False).means
         for name, rows in fiction.rows.items()
@@ -187,9 +187,9 @@ def forget_by(
     attack: AttackConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[MethodResult, Unlearned]:
-    """Make a copy of `base` forget by one method, and measure what it kept; `selection` as in `unlearn`.
+    """Make a copy of `base` forget by one method; `config`, `selection` and `progress` are as in `unlearn`.
 
-    With an `attack`, also what relearning brings back.
+    Measured is what it kept of the `fiction`; with an `attack`, also what relearning brings back.
     """
     model = copy.deepcopy(base)
     done = unlearn(
@@ -215,7 +215,7 @@ def train_base(
     *,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Make the demo's model and let it memorize the named sets."""
+    """Make the model of `recipe` and `seed` and let it memorize the named sets of the `fiction`, told to `progress`."""
     model = make_model(recipe, len(fiction.tokenizer), seed)
     examples = [example for name in sets for example in fiction.examples[name]]
     config = dataclasses.replace(recipe.training, seed=seed)
