@@ -89,7 +89,7 @@ def plain(text: object) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    r"""Return a page as Markdown.
+    r"""Return a page with this title as Markdown.
 
     Examples:
         >>> print(to_markdown("A", [Section("B", ["1 < 2 | x"])]))
@@ -213,7 +213,7 @@ section.mixed { border-color: var(--mixed); }
 div { overflow-x: auto; }
 table { border-collapse: collapse; margin: .7rem 0; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 4rem; }
+tbody th { font-weight: 600; overflow-wrap: break-word; min-width: 7rem; }
 .hash { font: .75rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 12rem; }
 .wide { font-size: .75rem; } .wide th, .wide td { padding-right: .5rem; }
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
