@@ -110,7 +110,7 @@ def neurons_first(tensor: Tensor, dim: NeuronDim) -> Tensor:
 
 
 def num_columns(shape: Sequence[int], dim: NeuronDim) -> int:
-    """Return how many neurons a tensor of this shape has.
+    """Return how many neurons a tensor of this shape has, counted along `dim`.
 
     Examples:
         >>> num_columns((2, 3, 4), (0, 2))
@@ -120,7 +120,7 @@ def num_columns(shape: Sequence[int], dim: NeuronDim) -> int:
 
 
 def compact_shape(shape: Sequence[int], dim: NeuronDim, count: int | None) -> torch.Size:
-    """Return the shape of the entries of `count` neurons of a tensor of this shape; None: of all entries.
+    """Return the shape of the entries of `count` neurons along `dim` of a tensor of this shape; None: of all entries.
 
     Examples:
         >>> compact_shape((2, 3), -1, 1)

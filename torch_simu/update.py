@@ -110,7 +110,7 @@ def clipped_step_foreach_(
 
     Args:
         weights: Selected weights of each parameter, all on one device and of one dtype, changed in place.
-        grads: Gradients, aligned with `weights`.
+        grads: Gradients, aligned with `weights`. Shape of each, as of momenta and curvatures: as its weight.
         exp_avgs: Momenta, aligned, changed in place.
         hessians: Curvatures, aligned.
         lr: As in `clipped_step_`, like the arguments that follow.

@@ -11,6 +11,7 @@ import pytest
 
 from tests.pages import browser
 from tests.pages.reading import DOCS, PAGES, built
+from torch_simu.unlearning.report.page import Bullets, Section, Table, to_html
 
 pytestmark = pytest.mark.skipif(browser.why_not() is not None, reason=f"no browser: {browser.why_not()}")
 
@@ -35,6 +36,8 @@ ready.then(settled).then(() => done({
     thin: [...document.querySelectorAll("article mjx-container > svg")]
         .filter(each => each.getBoundingClientRect().width < 3).length,
     wrong: document.querySelectorAll("article [data-mml-node=merror]").length,
+    hidden: [...document.querySelectorAll("article table[data-prose]")]
+        .filter(each => each.getBoundingClientRect().right > innerWidth).length,
 }));
 """
 SEARCH = """
@@ -85,7 +88,7 @@ def test_every_page_is_whole_and_as_wide_as_the_screen(pages: Opened, site: Path
         opened(pages, name)
         desktop, phone = measured(pages, DESKTOP), measured(pages, PHONE)
         assert desktop["width"] <= DESKTOP and phone["width"] <= PHONE, (name, desktop["width"], phone["width"])
-        assert phone["title"].strip(), name
+        assert phone["title"].strip() and not phone["hidden"], f"{name}: tables of sentences with columns out of sight"
         for screen in (desktop, phone):
             drawn = (screen["drawn"], screen["thin"], screen["wrong"])
             assert drawn == (built(site / name).formulas, 0, 0), f"{name}: formulas drawn, without a width, wrong"
@@ -112,12 +115,25 @@ def test_the_search_finds_the_page_of_a_word_first(word: str, page: str, pages: 
     assert re.fullmatch(page, found.split("?")[0].split("#")[0].removeprefix(pages.address + "/")), found
 
 
+def test_a_report_is_as_wide_as_a_phone_and_breaks_no_word_of_a_row(pages: Opened, tmp_path: Path) -> None:
+    name = "torch_simu.unlearning.report.keyed.keyed_hash." * 3
+    table = Table(["Rule", "Figure", "Basis"], [["probability of every forgotten answer", "0.100", name]])
+    (tmp_path / "report.html").write_text(to_html(name, [Section(name, [f"See {name}", Bullets([name]), table])]))
+    browser.resize(pages.driver, PHONE)
+    with browser.served(tmp_path) as (address, _):
+        opened(pages._replace(address=address), "report.html")
+        assert pages.driver.execute_script("return document.documentElement.scrollWidth") <= PHONE
+        row = "return document.querySelector('tbody th').getBoundingClientRect().height"
+        assert pages.driver.execute_script(row) < 5 * 24
+
+
 def test_what_sticks_out_and_what_is_missing_is_seen(pages: Opened, site: Path, tmp_path: Path) -> None:
-    wide = '<article><h1>Wide</h1><img src="gone.png"><pre style="width: 2000px">x</pre></article>'
+    table = '<table data-prose style="width: 3000px"><tr><td>x</td></tr></table>'
+    wide = f'<article><h1>Wide</h1><img src="gone.png"><pre style="width: 2000px">x</pre>{table}</article>'
     (tmp_path / "wide.html").write_text(f"<!doctype html><title>x</title>{wide}<script>console.error('bad')</script>")
     with browser.served(tmp_path) as (address, failed):
         opened(pages._replace(address=address), "wide.html")
         found = measured(pages, PHONE)
         said = [entry["message"] for entry in pages.driver.get_log("browser")]
-    assert found["width"] > PHONE and "404 /gone.png" in failed
+    assert found["width"] > PHONE and found["hidden"] == 1 and "404 /gone.png" in failed
     assert any("bad" in line for line in said) and any("gone.png" in line for line in said)

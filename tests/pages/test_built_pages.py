@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from benchmarks.pages.site import breakable
+from benchmarks.pages.site import breakable, stackable
 from tests.pages.reading import DOCS, FENCE, PAGES, Built, built, source_headings
 from tests.rules.sources import named
 
@@ -103,3 +103,17 @@ def test_a_page_loads_what_draws_formulas_if_it_has_any(site: Path) -> None:
 )
 def test_a_name_is_broken_at_its_parts_only(name: str, marked: str) -> None:
     assert breakable(name).replace("<wbr>", "|") == marked
+
+
+def test_a_table_of_sentences_names_the_column_of_each_cell_and_one_of_numbers_stays_as_it_is() -> None:
+    table = "<table><thead><tr><th>a</th><th>b &lt; c</th><th></th></tr></thead><tr><td>1</td><td>{}</td></tr></table>"
+    found = stackable(table.format("A word <code>word</code> " * 9))
+    assert found.startswith("<table data-prose>") and '<td data-label="a">1</td><td data-label="b &lt; c">A' in found
+    formula = table.format("A word " * 9).replace("<th>a", '<th><span class="arithmatex">a</span>')
+    for small in (formula, table.format("1.5"), table.format(f"<code>{'name.' * 20}</code>")):
+        assert stackable(small) == small
+
+
+def test_the_errors_of_every_kind_stack_on_a_phone(site: Path) -> None:
+    text = (site / "errors.html").read_text()
+    assert text.count("<table") == text.count("<table data-prose>") > 5

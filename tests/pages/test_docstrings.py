@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import accumulate
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages.telling import lacking
 from tests.rules.sources import PACKAGE, SOURCES, named
 from tests.test_docs import documented, dotted
 
@@ -66,20 +68,52 @@ def shown(path: Path) -> Iterator[tuple[str, Function, str]]:
             yield name, node, ast.get_docstring(node) or ""
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_what_is_on_the_pages_tells_the_shapes_of_its_tensors_and_the_errors_that_it_raises(path: Path) -> None:
+# What a command takes is told by its help, which has tests of its own.
+TOLD_BY_HELP = [path for path in SOURCES if path.parent.name == "commands"]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in TOLD_BY_HELP], ids=named)
+def test_what_is_on_the_pages_tells_parameters_shapes_units_errors_and_sources(path: Path) -> None:
+    classes = {name: ast.get_docstring(node) or "" for name, node in public(path) if isinstance(node, ast.ClassDef)}
     for name, node, text in shown(path):
-        taken = [ast.unparse(each.annotation) for each in [*node.args.args, *node.args.kwonlyargs] if each.annotation]
-        if {"Tensor", "torch.Tensor", "Tensor | None"} & set(taken):
-            # A shape in words or as a tuple of sizes.
-            assert re.search(r"[Ss]hape|\(`?batch|`\(", text), f"{name} takes tensors of some shape"
-        errors = {
-            ast.unparse(each.exc).partition("(")[0]
-            for each in ast.walk(node)
-            if isinstance(each, ast.Raise) and each.exc
-        }
-        if errors - {"typer.Exit", "Interrupt"}:
-            assert re.search(r"Raises:|[Rr]aise|[Rr]efuse|error", text), f"{name} raises {errors}"
+        assert not lacking(name, node, text, classes.get(name.rpartition(".")[0], "")), f"what {name} does not tell"
+
+
+TOLD = """Return the NLL of a model, in nats per token: $$-\\frac1n \\sum_i \\log p_i$$ (Author 2020).
+
+    Args:
+        logits: Of the next tokens. Shape: `(batch, vocabulary)`.
+        layer: A name.
+
+    Raises:
+        KeyError: If there is no such layer.
+    """
+
+
+@pytest.mark.parametrize(
+    ("left_out", "missed"),
+    [
+        ("", []),
+        ("        layer: A name.\n", ["its parameter layer"]),
+        (" Shape: `(batch, vocabulary)`.", ["the shapes of its tensors"]),
+        ("KeyError", ["KeyError among what it raises"]),
+        (", in nats per token", ["that it is in nats"]),
+        (" (Author 2020)", ["where its formula is from"]),
+    ],
+)
+def test_a_docstring_that_leaves_something_out_is_seen(left_out: str, missed: list[str]) -> None:
+    assert left_out in TOLD
+    source = "def mean_nll(logits: Tensor, *, layer: str) -> float:\n    raise KeyError(layer)\n"
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.FunctionDef)
+    assert lacking("mean_nll", node, inspect.cleandoc(TOLD.replace(left_out, ""))) == missed
+
+
+def test_a_parameter_that_is_in_no_sentence_is_seen() -> None:
+    (node,) = ast.parse("def save(model, path): ...").body
+    assert isinstance(node, ast.FunctionDef)
+    assert lacking("save", node, "Write a module to a file.") == []
+    assert lacking("save", node, "Write it to a file.") == ["its parameter model"]
 
 
 def test_a_missing_docstring_is_seen(tmp_path: Path) -> None:

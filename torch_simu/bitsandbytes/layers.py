@@ -24,7 +24,7 @@ def is_4bit(layer: nn.Module) -> bool:
 
 
 def eight_bit_codes(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scales of a `Linear8bitLt`, before or after its first forward pass.
+    """Return the codes and the scales of a layer, a `Linear8bitLt`, before or after its first forward pass.
 
     Returns:
         Codes, int8, `(out_features, in_features)`, and scales, float32, `(out_features,)`; code x scale / 127 is the
@@ -37,7 +37,7 @@ def eight_bit_codes(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def take_codes(layer: Any) -> None:
-    """Turn the codes and scales of a `Linear8bitLt` into a plain frozen parameter and a buffer, in place."""
+    """Turn the codes and scales of a layer, a `Linear8bitLt`, into a plain frozen parameter and a buffer, in place."""
     codes, scales = eight_bit_codes(layer)
     layer.__dict__["_taken"] = (layer.state, layer._load_state_dict_pre_hooks)
     layer.threshold = layer.state.threshold
@@ -51,7 +51,7 @@ def take_codes(layer: Any) -> None:
 
 
 def give_codes_back(layer: Any) -> None:
-    """Undo `take_codes`."""
+    """Undo `take_codes` on a layer."""
     from bitsandbytes.nn.modules import Int8Params
 
     codes, scales = cast("Tensor", layer.weight).data, cast("Tensor", layer.SCB)

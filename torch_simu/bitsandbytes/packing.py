@@ -33,7 +33,7 @@ def check_codes(model: nn.Module) -> None:
 
 
 def keep_codes_as_loaded(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit codes for inference, until `let_codes_go` was called as often.
+    """Keep bitsandbytes from packing 4-bit codes of a model for inference, until `let_codes_go` was called as often.
 
     Raises:
         ValueError: As `check_codes`; nothing is kept then.
@@ -46,7 +46,7 @@ def keep_codes_as_loaded(model: nn.Module) -> None:
 
 
 def let_codes_go(model: nn.Module) -> None:
-    """Undo one call of `keep_codes_as_loaded`."""
+    """Undo one call of `keep_codes_as_loaded` on a model."""
     for layer in filter(is_4bit, model.modules()):
         if _HELD not in layer.__dict__:
             continue
@@ -59,7 +59,7 @@ def let_codes_go(model: nn.Module) -> None:
 
 @contextmanager
 def codes_as_loaded(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit codes from being packed inside the block.
+    """Keep 4-bit codes of a model from being packed inside the block.
 
     Raises:
         ValueError: As `check_codes`.

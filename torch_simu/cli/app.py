@@ -119,7 +119,7 @@ app = _application()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error is one line on standard error and exit status 2.
+    """Run the command line on arguments, by default the program's; an error is one line on standard error, status 2.
 
     With `TORCH_SIMU_DEBUG=1` in the environment its traceback stands before the line. Ctrl-C and SIGTERM get one that
     says how to go on, and exit status 130 and 143.

@@ -28,7 +28,14 @@ _COSTS: Mapping[str, str] = MappingProxyType({"changed": "weights\nchanged", "st
 
 
 def say(console: Console, text: object, *, style: str = "", soft_wrap: bool = False) -> None:
-    """Print one line as it is, without reading markup in it, and without what a terminal would act on."""
+    """Print one line as it is, without reading markup in it, and without what a terminal would act on.
+
+    Args:
+        console: Where to.
+        text: The line.
+        style: Its color and weight, as rich names them.
+        soft_wrap: Whether the terminal breaks a long line, and not this.
+    """
     console.print(Text(plain(text), style=style), soft_wrap=soft_wrap)
 
 
@@ -60,7 +67,7 @@ def quiet_casts() -> Iterator[None]:
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
-    """Yield a progress callback that draws one bar per stage with its remaining time."""
+    """Yield a progress callback that draws one bar per stage on the console, with its remaining time."""
     columns = (
         TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
@@ -87,9 +94,10 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Print a report's table, at most 80 columns wide, and its notes; per set, EM, ES and prob. stand in one cell.
+    """Print a report's table on the console, at most 80 columns wide, and its notes.
 
-    Sets that do not fit beside each other get a table below the first. What no method knows has no column.
+    Per set, EM, ES and prob. stand in one cell. Sets that do not fit beside each other get a table below the first.
+    What no method knows has no column.
     """
     sets = list(next(iter(report.methods.values())).sets)
     for count in range(len(sets), 0, -1):
@@ -154,7 +162,7 @@ def show_attacks(console: Console, title: str, models: Mapping[str, Mapping[str,
 
 
 def show_tries(console: Console, found: Recommendation) -> None:
-    """Print what each try of a pilot came to, a line each, the best marked; and what the run will take."""
+    """Print on the console what a pilot found: a line for each try, the best marked; and what the run will take."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=Text("torch-simu recommend"))
     table.add_column("")
     table.add_column("try", max_width=_TRY, overflow="fold", vertical="bottom")
@@ -206,7 +214,7 @@ def _table(report: Report, sets: list[str], *, costs: bool) -> Table:
 
 
 def show_text(console: Console, text: str) -> None:
-    """Print a text of a file as it stands, without markup and colors."""
+    """Print a text of a file on the console as it stands, without markup and colors."""
     console.print(text, markup=False, highlight=False, emoji=False, style="dim")
 
 

@@ -178,6 +178,9 @@ def attribute_job(
 ) -> tuple[NeuronSelection, Attribution]:
     """Score every neuron, and write scores, selection and heat map into the folder `out`.
 
+    `model`, `loading`, `max_length`, `progress` and `show` are as in `unlearn_job`; `config` and the sets `forget` and
+    `retain` as in `choose_neurons`.
+
     Raises:
         ValueError: If a file, a row or an option is wrong, or the rule "contrast" has no retain set.
         OSError: If `out` exists and `force` is not given, or cannot be written.
@@ -223,6 +226,7 @@ def evaluate_job(
     With an `attack`, each is attacked, too, and the report says what comes back.
 
     A `reference` is a model, or the file that this function wrote to `out` when it measured one on the same sets.
+    `loading`, `measuring`, `progress` and `show` are as in `unlearn_job`.
 
     Returns:
         The table, and the suite's headline figures.

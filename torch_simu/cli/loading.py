@@ -111,12 +111,12 @@ class Loading:
     load_in: str | None = None
 
     def check(self, source: str) -> None:
-        """Raise what `load` would, as far as it can be told without reading the weights."""
+        """Raise what `load` of this source would, as far as it can be told without reading the weights."""
         _device(self.device)
         _checked(source, self.dtype, self.load_in)
 
     def load(self, source: str, *, float_attention: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load a model and its tokenizer; arguments and errors as `load_model`."""
+        """Load a model and its tokenizer from a source; `float_attention` and the errors are as in `load_model`."""
         return load_model(
             source, dtype=self.dtype, device=self.device, load_in=self.load_in, float_attention=float_attention
         )

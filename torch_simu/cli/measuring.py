@@ -36,7 +36,7 @@ def read_sets(sets: Sources) -> dict[str, list[Row]]:
 def show_first(
     rows: Mapping[str, list[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None, show: Show | None
 ) -> None:
-    """Show the first row to forget, as the model reads it."""
+    """Show the first of the rows to forget, as the model reads it: by its tokenizer, cut to `max_length`."""
     if show is not None:
         (example,) = encode(rows["forget"][:1], tokenizer, max_length=max_length)
         show(f"First row to forget, its scored part between >>> and <<<:\n{show_example(example, tokenizer)}\n")
@@ -73,7 +73,7 @@ class Measuring:
         stage: str,
         progress: Progress | None = None,
     ) -> dict[str, Measures]:
-        """Return what a model knows of each set, told as one stage."""
+        """Return what a model knows of each set of rows, read by its tokenizer, and tell `progress` of one stage."""
         # A row counts twice: it is scored, and generated.
         total, done = 2 * sum(map(len, rows.values())), 0
         found: dict[str, Measures] = {}

@@ -142,7 +142,7 @@ class Recording:
         return MethodResult(sets, *cost, attack, told), found
 
     def of_reference(self, reference: str | None) -> MethodResult | None:
-        """Return the figures of a model that never saw the rows, or those that `evaluate --out` wrote of it."""
+        """Return the figures of a reference, a model that never saw the rows, or what `evaluate --out` wrote of it."""
         if reference is None:
             return None
         if Path(reference).is_file():

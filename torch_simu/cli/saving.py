@@ -17,7 +17,7 @@ from torch_simu.unlearning.report.report import write_json
 
 
 def save_scores(selection: NeuronSelection, attribution: Attribution, folder: Path) -> None:
-    """Write scores, selection, heat map and what a person reads of them into a folder."""
+    """Write an attribution: scores, selection, heat map and what a person reads of them into a folder."""
     selection.save(folder / "selection.safetensors")
     attribution.save(folder / "attribution.safetensors")
     plot_attribution(attribution, folder / "attribution.png", selection=selection)

@@ -69,12 +69,12 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.
 
 
 def attached_layers(model: nn.Module) -> dict[str, DeltaLayer]:
-    """Return the layers that have a delta: name -> layer, with `.delta` and `.idx`."""
+    """Return the layers of a model that have a delta: name -> layer, with `.delta` and `.idx`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
 
 
 def merge_deltas(model: nn.Module) -> None:
-    """Add the deltas to the selected columns of float weights, and take them off.
+    """Add the deltas of a model to the selected columns of its float weights, and take them off.
 
     The sum is made in float32 and rounded once.
 
@@ -100,7 +100,7 @@ def merge_deltas(model: nn.Module) -> None:
 
 
 def detach_deltas(model: nn.Module) -> None:
-    """Take the deltas off: every layer is again what it was, to the last bit.
+    """Take the deltas off a model: every layer is again what it was, to the last bit.
 
     Raises:
         ValueError: If no layer has a delta.

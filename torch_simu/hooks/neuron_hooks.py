@@ -114,7 +114,7 @@ class NeuronHooks(Mapping[str, Tensor]):
         return (self._outputs if outputs else self._records)[layer].places(neurons)
 
     def num_positions(self, layer: str) -> Tensor:
-        """Return over how many positions a covariance is, as a scalar on the device.
+        """Return over how many positions the covariance of a layer is, as a scalar on the device. Shape: `()`.
 
         Raises:
             NeuronHookError: If the layer recorded nothing.

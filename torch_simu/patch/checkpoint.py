@@ -101,12 +101,12 @@ def apply_to_checkpoint(patch: NeuronPatch, base: str | Path, out: str | Path) -
 
 
 def revert_checkpoint(patch: NeuronPatch, model: str | Path, out: str | Path) -> None:
-    """Write a copy of a checkpoint folder without the change; arguments and errors as `apply_to_checkpoint`."""
+    """Write a copy of a model's folder without the change of a patch; arguments and errors as `apply_to_checkpoint`."""
     _flip(patch, model, out, applied=True)
 
 
 def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -> Audit:
-    """Compare every tensor of two folders by hash, and say whether the patch, and nothing else, lies between them."""
+    """Compare every tensor of base and model, by hash, and say whether the patch alone lies between the folders."""
     with opened(base) as before, opened(model) as after:
         found = {name: change.value for name, change in deltas_beside(model).items()}
         there = {name: change.value for name, change in deltas_beside(base).items()}

@@ -103,7 +103,7 @@ class Adversary:
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned; from nothing, start anew."""
+        """Go on from the tensors that `state` returned; from nothing, start anew."""
         if not tensors:
             return
         self._values = {

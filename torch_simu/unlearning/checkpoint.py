@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 def fingerprint(configuration: Mapping[str, object], tensors: Iterable[Tensor]) -> str:
-    """Return a sha256 over a configuration and the raw bytes of tensors.
+    """Return a sha256 over a configuration and the raw bytes of tensors of any shape.
 
     Examples:
         >>> fingerprint({"seed": 0}, []) == fingerprint({"seed": 1}, [])
@@ -93,7 +93,7 @@ class RunCheckpoint:
             self.folder.rmdir()
 
     def save_localized(self, selection: NeuronSelection, attribution: Attribution) -> None:
-        """Write the result of the first step."""
+        """Write the result of the first step: the selection, and the attribution that it is from."""
         attribution.save(self.folder / "attribution.safetensors")
         # The selection comes last: where it is, the first step is complete.
         selection.save(self.folder / _SELECTION)
@@ -112,7 +112,7 @@ class RunCheckpoint:
         log: list[Record],
         adversary: Adversary | None = None,
     ) -> None:
-        """Write trained weights, the states of optimizer and adversary, and the step log, whole or not at all."""
+        """Write trained weights (`params`), states of optimizer and adversary, and step log, whole or not at all."""
         state = optimizer.state_dict()
         tensors = {f"weight/{name}": param.detach() for name, param in params.items()}
         for index, entry in state["state"].items():
@@ -126,7 +126,7 @@ class RunCheckpoint:
     def load(
         self, params: Mapping[str, nn.Parameter], optimizer: Optimizer, adversary: Adversary | None = None
     ) -> list[Record]:
-        """Restore weights, optimizer and adversary, and return the step log; an empty one where there is no file.
+        """Restore weights (`params`), optimizer and adversary; return the step log, empty where there is no file.
 
         Raises:
             ValueError: If the file is damaged.

@@ -53,7 +53,7 @@ def differentiate(
 
 
 def retain_weight(found: dict[str, tuple[float, Tensor]]) -> float:
-    """Return the weight of the first term behind that of the forget set; 0 where there is none."""
+    """Return the weight of the first term found behind that of the forget set; 0 where there is none."""
     return next((weight for weight, _ in list(found.values())[1:]), 0.0)
 
 

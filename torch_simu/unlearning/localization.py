@@ -87,8 +87,8 @@ def localize(
 ) -> tuple[NeuronSelection | None, Attribution | None]:
     """Say which neurons the configured method trains; None where it trains whole parameters.
 
-    Arguments are those of `choose_neurons`; a given `selection` is returned as it is, and a `checkpoint` that holds the
-    first step spares it.
+    `model`, `forget`, `retain`, `config`, `pad_id` and `progress` are those of `choose_neurons`; a given `selection` is
+    returned as it is, and a `checkpoint` that holds the first step spares it.
     """
     if selection is not None:
         return selection, None

@@ -48,7 +48,7 @@ def renamed(progress: Progress | None, rename: Callable[[str], str]) -> Progress
 
 
 def counted(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    """Return what the core calls, which knows no stages: `told(done, total)`.
+    """Return what the core calls, which knows no stages: `told(done, total)`, passed on to `progress` as one `stage`.
 
     Examples:
         >>> counted(lambda stage, done, total: print(f"{stage} {done}/{total}"), "attribute forget")(5, 20)

@@ -46,7 +46,7 @@ class StepBatches:
     device: torch.device
 
     def batch(self, what: str, number: int) -> dict[str, Tensor]:
-        """Return the "forget" or the "retain" batch of a step, on the model's device."""
+        """Return the batch of a step (its `number`), on the model's device; `what` is "forget" or "retain"."""
         config = self.config
         examples, size, offset = {
             "forget": (self.forget, config.forget_batch_size, 0),
@@ -59,7 +59,9 @@ class StepBatches:
 def make_optimizer(
     model: PreTrainedModel, selection: NeuronSelection | None, config: UnlearnConfig
 ) -> tuple[dict[str, nn.Parameter], Optimizer]:
-    """Return the trained parameters by name and their optimizer; nothing else requires a gradient afterwards.
+    """Return the trained parameters of a model by name and their optimizer, as `config` and `selection` say.
+
+    Nothing else requires a gradient afterwards.
 
     Raises:
         ValueError: If the method trains weights that are quantized, or a selected layer cannot be hooked.
@@ -136,7 +138,7 @@ class Stepper:
     adversary: Adversary | None = None
 
     def take(self, number: int) -> Record:
-        """Descend the objective once, refresh the curvature when it is due, and return the record.
+        """Take step `number`: descend the objective once, refresh the curvature when it is due, and return the record.
 
         Raises:
             NonFiniteLossError: If the loss or a gradient is not finite; no weight has changed then.

@@ -96,3 +96,17 @@ def test_a_model_that_never_knew_the_rows_is_named() -> None:
     low = MethodResult({"forget": dict.fromkeys(KEYS, 0.01)})
     assert "did not know the rows well before" in judge(low, before=low).sentence
     assert "did not know" not in judge(low, before=KNOWN).sentence
+
+
+@given(results(), st.none() | results())
+def test_what_is_not_forgotten_is_named_with_its_figure_and_its_limit(after, reference) -> None:
+    verdict = judge(after, before=KNOWN, reference=reference, target=LIMIT, attacks=made(after))
+    failed = [rule for rule in verdict.rules if rule.met is False]
+    asked = [rule for rule in failed if not rule.attack]
+    for rule in asked:
+        assert f"{rule.value:.3f}, at most {rule.limit:.3f}" in verdict.sentence
+    if failed and not asked:
+        worst = max(failed, key=lambda rule: rule.value - rule.limit)
+        name = next(name for name in WHAT if f"attack {name} " in worst.text)
+        assert f"after {name} {worst.value:.3f}, at most {worst.limit:.3f}" in verdict.sentence
+    assert failed or " at most " not in verdict.sentence

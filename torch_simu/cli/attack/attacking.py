@@ -58,7 +58,7 @@ class Attacking:
 
 
 def worst_of(results: Mapping[str, AttackResult] | None) -> dict[str, dict[str, float]] | None:
-    """Return the figures of a report: those of all attacks that were made; None where none was asked for."""
+    """Return the figures of all attacks that were made, from their results; None where none was asked for."""
     return None if results is None else {name: each.worst for name, each in results.items() if not each.skipped}
 
 

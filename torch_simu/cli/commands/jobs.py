@@ -144,6 +144,7 @@ def unlearn(
         )
     show_report(console, report)
     say(console, f"Model, selection, step log and report (report.html): {out}")
+    say(console, f"Key of the report's hashes, to be kept apart from it: {row_key or f'{out}.key'}")
     if report.reached is False:
         raise typer.Exit(_NOT_REACHED)
 

@@ -108,6 +108,10 @@ def measure_scored(
     rate: float | None = None,
     step: int | None = None,
 ) -> AttackPoint:
-    """Measure the scored rows; arguments and errors as `torch_simu.unlearning.metrics.scoring.score_answers`."""
+    """Measure a model on the scored rows.
+
+    `batch_size`, `pad_id` and the errors are as in `torch_simu.unlearning.metrics.scoring.score_answers`; the rate and
+    the step are written into the result.
+    """
     scores = score_answers(model, scored, batch_size=batch_size, pad_id=pad_id)
     return AttackPoint(fmean(scores["probability"]), fmean(scores["es"]), rate, step)

@@ -72,7 +72,9 @@ class Batches:
 
 
 def batches_in_order(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Yield each example once, in the given order, in batches as `collate` makes them; the last may be smaller.
+    """Yield each example once, in order, in batches as `collate` pads them with `pad_id`.
+
+    Each has `batch_size` rows, but the last may be smaller.
 
     Examples:
         >>> examples = [Example((5, i), (-100, i)) for i in range(3)]
@@ -85,7 +87,7 @@ def batches_in_order(examples: Sequence[Example], batch_size: int, pad_id: int =
 
 
 def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group indices into batches with little padding, the longest first, so that lack of memory shows at once.
+    """Group indices into batches of `batch_size` with little padding, the longest first: lack of memory shows at once.
 
     Examples:
         >>> batches_of_similar_length([1, 9, 2, 8], 2)

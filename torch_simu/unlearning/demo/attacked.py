@@ -40,7 +40,7 @@ def relearned(
 
 
 def back_note(config: AttackConfig) -> str:
-    """Say in a sentence what the column "back" is."""
+    """Say in a sentence what the column "back" is under an attack of this configuration (`config`)."""
     return (
         f"`back`: the largest probability of the other forget answers after one in {config.attacker_every} was taught "
         "again. `retrained` is the floor; a small figure is no guarantee against stronger attacks."

@@ -151,7 +151,9 @@ def check_rouge() -> None:
 
 
 def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
-    """Return, pair by pair, the share of the answer's stemmed words in the longest common subsequence, in [0, 1].
+    """Return, pair by pair, the share of the answer's stemmed words that the generated text shares, in [0, 1].
+
+    What they share is their longest common subsequence (Lin 2004, ROUGE-L).
 
     Raises:
         ImportError: If the package `rouge-score` is not installed.

@@ -49,7 +49,14 @@ class TofuValues:
     wrong_nlls: Sequence[Sequence[float]]
 
     def check(self, name: str) -> None:
-        """Raise ValueError, which names the set, if a measure is missing or the values are not one for each row."""
+        """Check that no measure is missing, and that each has one value for each row.
+
+        Args:
+            name: The set, for the error.
+
+        Raises:
+            ValueError: If it is not so.
+        """
         counts = {measure: len(values) for measure, values in self.scores.items()}
         counts |= {"right_nlls": len(self.right_nlls), "wrong_nlls": len(self.wrong_nlls)}
         missing = {"nll", "probability", "rouge_l_recall"} - counts.keys()

@@ -70,6 +70,8 @@ def truth_ratio_score(log_ratios: Sequence[float], *, forget: bool) -> float:
 def option_probability(right_nll: float, wrong_nlls: Sequence[float]) -> float:
     """Return the probability of the right answer over the sum over all options, each per token; in [0, 1].
 
+    `right_nll` and `wrong_nlls` are mean negative log-likelihoods, in nats per token.
+
     Examples:
         >>> option_probability(1.0, [1.0, 1.0, 1.0])
         0.25

@@ -43,7 +43,7 @@ class Budget:
         return min(self.left, max(_PATIENCE * min(reached), self.left / open_tries))
 
     def allows(self, tries: Sequence[Try]) -> bool:
-        """Say whether another try can be expected to end in time; the first is always made.
+        """Say whether another try behind these tries can be expected to end in time; the first is always made.
 
         It can where the shortest that reached the target would fit, or, while none did, one as long as the last.
         """

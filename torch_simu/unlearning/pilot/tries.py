@@ -42,7 +42,7 @@ class Try:
 
     @property
     def seconds_per_step(self) -> float:
-        """Wall time of a step, without the attribution."""
+        """Wall time of a step, without the attribution, in seconds."""
         return (self.seconds - self.attribution_seconds) / max(1, self.steps)
 
 

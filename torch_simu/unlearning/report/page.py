@@ -89,7 +89,7 @@ def plain(text: object) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    r"""Return a page as Markdown.
+    r"""Return a page with this title as Markdown.
 
     Examples:
         >>> print(to_markdown("A", [Section("B", ["1 < 2 | x"])]))
@@ -205,7 +205,7 @@ _STYLE = """
   --mixed: #e69f00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --ground: #14161a; } }
 body { color: var(--ink); background: var(--ground); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; }
 section.good, section.bad, section.mixed { border-left: .5rem solid; padding: .1rem 1rem; }
 section.good { border-color: var(--good); } section.bad { border-color: var(--bad); }
@@ -213,7 +213,7 @@ section.mixed { border-color: var(--mixed); }
 div { overflow-x: auto; }
 table { border-collapse: collapse; margin: .7rem 0; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 4rem; }
+tbody th { font-weight: 600; min-width: 7rem; }
 .hash { font: .75rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; min-width: 12rem; }
 .wide { font-size: .75rem; } .wide th, .wide td { padding-right: .5rem; }
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -141,7 +141,7 @@ class Report:
         return [about, Table(["method", *names], rows, numbers=True)]
 
     def save(self, folder: Path, plots: Sequence[str] = ()) -> None:
-        """Write `report.json`, `report.md` and `report.html` into a folder."""
+        """Write `report.json`, `report.md` and `report.html`, with its plots, into a folder."""
         write_json(folder / "report.json", self.to_json())
         for name, page in (("report.md", self.to_markdown(plots)), ("report.html", self.to_html(plots, folder))):
             with replacing(folder / name) as temporary:
@@ -179,13 +179,13 @@ def bargain(before: MethodResult, after: MethodResult, target: float | None, *, 
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all; a number that is not finite is refused rather than written as no JSON."""
+    """Write content to a file as JSON, whole or not at all; a number that is not finite is refused."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_log(path: Path, log: Sequence[Mapping[str, object]]) -> None:
-    """Write a step log as JSON Lines, a record per step."""
+    """Write a step log to a file as JSON Lines, a record per step."""
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in log), encoding="utf-8")
 

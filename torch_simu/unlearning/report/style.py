@@ -61,7 +61,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, of inches.
+    """Return an empty figure of this width and height, in inches.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -73,7 +73,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, and as SVG of the same name beside it, both without a ground of their own."""
+    """Write a figure to a file as PNG, and as SVG of the same name beside it, both without a ground of their own."""
     with styled():
         figure.savefig(path, dpi=150, transparent=True)
         figure.savefig(Path(path).with_suffix(".svg"), transparent=True, metadata={"Date": None})

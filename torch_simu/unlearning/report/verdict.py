@@ -38,6 +38,13 @@ class Rule:
     attack: bool = False
 
     @property
+    def missed(self) -> str:
+        """The figure beside its limit, in words: "extraction strength 0.300, at most 0.200"."""
+        what = self.text.rstrip(".").rpartition(": ")[2]
+        where = f" after {self.text.split()[3]}" if self.attack else ""
+        return f"{what}{where} {self.value:.3f}, at most {self.limit:.3f}"
+
+    @property
     def met(self) -> bool | None:
         """Whether the figure is within the limit; None where there is none."""
         return None if self.value is None or self.limit is None else self.value <= self.limit
@@ -155,13 +162,15 @@ def _summed_up(rules: Sequence[Rule], *, known: bool, ignored: bool) -> Verdict:
     unknown = "" if known else " The model did not know the rows well before either."
     if ignored:
         unknown += " The reference knows the rows itself, so it sets no limit here."
-    if any(not rule.attack for rule in failed):
-        said = "Not forgotten: the model misses a rule already when it is merely asked."
+    told = "; ".join(rule.missed for rule in failed if not rule.attack)
+    if told:
+        said = f"Not forgotten: merely asked, and without any attack, the model still tells too much ({told})."
         return Verdict("not forgotten", said + unknown, rules)
     if failed:
+        worst = max(failed, key=lambda rule: (rule.value or 0.0) - (rule.limit or 0.0))
         said = (
             "Hidden rather than forgotten: asked, the model does not say it any more; an attack brings more back than "
-            "the limit allows. Treat the model as one that holds the data."
+            f"the limit allows ({worst.missed}). Treat the model as one that holds the data."
         )
         return Verdict("hidden", said + unknown, rules)
     if any(rule.attack and rule.met for rule in rules):

@@ -56,7 +56,7 @@ def sections_of(summary: _Facts) -> list[Section]:
 
 
 def appendices_of(summary: _Facts, settings: Mapping[str, object]) -> list[Section]:
-    """Return the sections that stand at the end: options, and the hashes of all tensors."""
+    """Return the sections that stand at the end: the settings, and the hashes of all tensors in the summary."""
     changed, same = summary["changed"]["changed"], summary["changed"]["unchanged"]
     options = Table(["Option", "Value"], [[name, str(value)] for name, value in settings.items()])
     after = [
@@ -79,7 +79,7 @@ def appendices_of(summary: _Facts, settings: Mapping[str, object]) -> list[Secti
 
 
 def shown(value: object) -> str:
-    """Return a figure as the pages show it.
+    """Return a value as the pages show it.
 
     Examples:
         >>> shown(0.12345), shown(7), shown(None)
@@ -98,7 +98,7 @@ def _short(summary: _Facts) -> Section:
         ("What changed?", f"{_share(changed['share'])} of its weights, in {changed['num_changed']} tensors."),
         ("Is it forgotten?", summary["verdict"]["sentence"]),
         ("What did it cost?", NOT_MEASURED if loss is None else _loss(loss)),
-        ("What can go wrong?", " ".join([*summary["remains"][:2], summary["limits"][1]])),
+        ("What can go wrong?", " ".join([*summary["remains"][:2], *summary["limits"][1:3]])),
     ]
     said = "A language model was made to forget chosen rows of data. This page says which, how well, and what remains."
     return Section("In short", [said, Table(["Question", "Answer"], [list(each) for each in answers])])
@@ -259,11 +259,14 @@ def _cost(cost: _Facts) -> Section:
 
 
 def _loss(loss: _Facts) -> str:
-    kept = f"{loss['set']}, {MEASURES[loss['measure']][1]}: from {shown(loss['before'])} to {shown(loss['after'])}"
+    use = f" ({_SETS[loss['set']]})" if loss["set"] in _SETS else ""
+    kept = f"{loss['set']}{use}, {MEASURES[loss['measure']][1]}: from {shown(loss['before'])} to {shown(loss['after'])}"
     if loss["loss"] <= 0:
         return f"Nothing that was measured got worse; the least gain is that of {kept}."
     size = "a loss to weigh" if loss["loss"] > _LOSS else "a small loss"
-    return f"The largest loss is that of {kept}, {shown(loss['loss'])} less ({size})."
+    # Of the figures as they are shown, since who reads them subtracts.
+    less = round(loss["before"], 3) - round(loss["after"], 3)
+    return f"The largest loss is that of {kept}, {shown(less)} less ({size})."
 
 
 def _share(share: float | None) -> str:

@@ -21,6 +21,8 @@ class CurvatureRefresh(Refresh, TrainerCallback):
     ) -> None:
         """Refuse an optimizer whose curvature is not refreshed on retain rows, before the first step.
 
+        Called with `args`, `state` and `control` as any `TrainerCallback`.
+
         Raises:
             TypeError: If the Trainer has no `SIMUOptimizer`.
             ValueError: If its curvature is another one, as a covariance from hooks.
@@ -30,7 +32,10 @@ class CurvatureRefresh(Refresh, TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Refresh the curvature if it is due: the step is made and counted, the checkpoint not yet written."""
+        """Refresh the curvature if it is due: the step is made and counted, the checkpoint not yet written.
+
+        Called with `args`, `state` and `control` as any `TrainerCallback`.
+        """
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         assert isinstance(model, nn.Module) and isinstance(optimizer, Optimizer)
         self.after_step(model, optimizer, state.global_step - 1)

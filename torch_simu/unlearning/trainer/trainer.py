@@ -156,6 +156,11 @@ class UnlearningTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Return the micro-batches of a step, and over all processes its forget tokens, retain tokens and pairs.
 
+        Args:
+            epoch_iterator: Of the loader's batches.
+            num_batches: Micro-batches of the step.
+            device: Where the counts are added up.
+
         Returns:
             The batches, and the counts. Shape: `(3,)`.
         """
@@ -209,7 +214,7 @@ class UnlearningTrainer(Trainer):
             num_items_in_batch: As in `compute_loss`.
 
         Returns:
-            The micro-batch's share of the loss.
+            The micro-batch's share of the loss. Shape: `()`.
 
         Raises:
             ValueError: If gradients are balanced and accumulated under FSDP2.
