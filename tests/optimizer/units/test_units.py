@@ -78,6 +78,11 @@ def test_off_the_units_everything_is_bit_identical(mlp: Mlp, options: Options, d
 
 @given(mlps(), options, seeds)
 def test_the_state_is_that_of_the_units(mlp: Mlp, options: Options, seed: int) -> None:
+    state_is_that_of_the_units(mlp, options, seed)
+
+
+def state_is_that_of_the_units(mlp: Mlp, options: Options, seed: int) -> None:
+    """Law 2: momentum and curvature of every entry of a unit, and nothing else."""
     net = mlp.make()
     optimizer = optimizer_of(SIMUOptimizer, mlp, net, options)
     train(net, optimizer, seed, 0, 2)
@@ -207,4 +212,4 @@ def test_a_wrong_step_of_units_is_seen(mutant: Any) -> None:
 def test_rows_of_one_half_only_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Source, "rows", lambda self, neurons: list(neurons))
     with pytest.raises(AssertionError):
-        off_the_units_nothing_moves(SIMUOptimizer, CASES[LAYOUTS.index("fused")], OPTIONS, torch.float32, 0)
+        state_is_that_of_the_units(CASES[LAYOUTS.index("fused")], OPTIONS, 0)

@@ -31,6 +31,7 @@ class CovarianceRefresh:
         ValueError: If its curvature is no covariance, or a weight that it trains is not in the model.
 
     Examples:
+        >>> import torch
         >>> from torch_simu import SIMUOptimizer
         >>> layer = nn.Linear(3, 2)
         >>> optimizer = SIMUOptimizer([{"params": [layer.weight], "neurons": [[0, 2]]}], curvature="neurons")
