@@ -10,6 +10,8 @@ from scipy import stats
 
 from benchmarks import scale
 from benchmarks.forgetting.recommended import recommended
+from benchmarks.job.pages import jobs
+from benchmarks.optimizer.beside import beside
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
 from benchmarks.verdicts.forgetting import kept_by
@@ -266,6 +268,8 @@ TABLES = {
     "tofu_forget01": lambda: kept("tofu_forget01"),
     "optimizer_step": lambda: steps("bar", 0.05),
     "optimizer_step_second": lambda: steps("bar", 0.05, "optimizer_step_second"),
+    "optimizer_peers": lambda: beside(loaded("optimizer_peers")["rows"]),
+    "job": lambda: jobs(loaded("job")["rows"]),
     "optimizer_whitened": whitened,
     "optimizer_whitened_solves": whitened_solves,
     "optimizer_memory": lambda: memory("bar", 0.05),

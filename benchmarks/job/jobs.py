@@ -58,7 +58,9 @@ class Job:
     def loaded(self) -> PreTrainedModel:
         """The model in float32."""
         with self.phases.of("load"):
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.phases.count_mapped(self.folder)
+        return model
 
     def run(self, model: PreTrainedModel, config: UnlearnConfig, selection: NeuronSelection | None = None) -> None:
         """Let it forget as the package does."""
@@ -124,6 +126,7 @@ def on_codes(load_in: str) -> Callable[[Job], None]:
 
         with job.phases.of("load"):
             model, _ = load_model(str(job.folder), load_in=load_in, device="cpu")
+        job.phases.count_mapped(job.folder)
         draw = torch.Generator().manual_seed(0)
         job.run(model, job.config(), NeuronSelection.random(model, FRACTION, draw))
         with job.phases.of("saving"):

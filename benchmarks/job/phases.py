@@ -23,7 +23,7 @@ NAMES = ("load", "attribution", "passes", "curvature", "step", "measuring", "sav
 class Phases:
     """Seconds and peak memory of named parts of a job; a part inside another counts for itself only.
 
-    The bytes that are read in all of them are those of calls that read; what is mapped does not count.
+    The bytes that are read in all of them are those of calls that read; `count_mapped` adds files that are mapped.
     """
 
     def __init__(self) -> None:
@@ -44,6 +44,12 @@ class Phases:
         finally:
             self._change()
             self._open.pop()
+
+    def count_mapped(self, folder: Path) -> None:
+        """Count the files of a folder that are mapped into memory as read."""
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        found = {Path(line.split(maxsplit=5)[5]) for line in maps if len(line.split(maxsplit=5)) == 6}
+        self.bytes_read += sum(path.stat().st_size for path in found if path.parent == folder.resolve())
 
     def wrapped(self, name: str, call: Callable[..., Result]) -> Callable[..., Result]:
         """The same function, whose calls count for a phase."""

@@ -29,10 +29,11 @@ WARM = 3
 QUICK = Size(96, 1536, 2, 2)
 
 
-def serve(name: str, problem: Problem, pipe: Connection) -> None:
+def serve(name: str, size: Size, fraction: float, threads: int, pipe: Connection) -> None:
     """Step once for every word that comes in, and answer with the milliseconds that it took."""
+    torch.set_num_threads(threads)
     try:
-        step = step_of(name, problem)
+        step = step_of(name, Problem(size, size.layers, fraction, "cpu", torch.float32))
         for _ in range(WARM):
             step()
     except Exception as error:
@@ -46,17 +47,20 @@ def serve(name: str, problem: Problem, pipe: Connection) -> None:
         pipe.send([round(1e3 * each, 4) for each in passed])
 
 
-def measured(size: Size, fraction: float, rounds: int, names: Sequence[str]) -> list[dict[str, object]]:
+def measured(
+    size: Size, fraction: float, rounds: int, names: Sequence[str], threads: int = 1
+) -> list[dict[str, object]]:
     """A row for every contender, with the times of each round, and one for the limit."""
     problem = Problem(size, size.layers, fraction, "cpu", torch.float32)
     common = {"layers": size.layers, "d_model": size.d_model, "d_ff": size.d_ff, "fraction": fraction}
     rows: list[dict[str, object]] = []
     pipes: dict[str, Connection] = {}
-    # Forked, so that what they import is imported once; nothing has started a thread here yet.
-    context = multiprocessing.get_context("fork")
+    # Forked from a process that has imported what all of them need, and has started no thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.optimizer.contenders"])
     for name in names:
         pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(name, problem, theirs), daemon=True).start()
+        context.Process(target=serve, args=(name, size, fraction, threads, theirs), daemon=True).start()
         theirs.close()
         said = answer(pipe)
         rows.append({"what": "step", **common, "optimizer": name, **said})
@@ -99,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size, rounds = (QUICK, 3) if options.quick else (SIZES["bar"], options.rounds)
-    rows = measured(size, options.fraction, rounds, list(CONTENDERS))
+    rows = measured(size, options.fraction, rounds, list(CONTENDERS), options.threads)
     write_result(
         options.out,
         force=options.force,
