@@ -3,7 +3,7 @@
 Every job runs in a process of its own, on the same rows, with as many steps of as many rows; each step makes a pass
 over a batch to forget and one over a batch to keep. Processor time is the first figure: it does not count what other
 programs take. What was measured is noted after every job, and the same call goes on where the first stopped.
-Usage: python -m benchmarks.job --work FOLDER [--steps 6] [--batch 4] [--rows 12] [--quick] [--force]
+Usage: python -m benchmarks.job --work FOLDER [--steps 4] [--batch 4] [--rows 8] [--quick] [--force]
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def alone(name: str, folder: Path, steps: int, batch_size: int, rows: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the model and for what is done")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="rows of each set in a step")
-    parser.add_argument("--rows", type=int, default=12, help="rows of each set")
+    parser.add_argument("--rows", type=int, default=8, help="rows of each set")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a tiny model and two steps, to try the script")
     parser.add_argument("--jobs", nargs="+", help="these jobs only")

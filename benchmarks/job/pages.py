@@ -59,5 +59,5 @@ def draw_jobs(axes: Axes, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     one = found[0]
     about = f"{one['steps']} steps of {one['batch_size']} rows to forget and {one['batch_size']} to keep, one thread"
-    axes.set_xlabel(f"seconds of processor time, with the peak of memory behind each bar (left is better)\n{about}")
+    axes.set_xlabel(f"seconds of processor time, and the peak of memory (left is better)\n{about}")
     axes.legend(frameon=False, fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0))

@@ -71,6 +71,18 @@ def test_a_ratio_is_the_median_over_rounds():
     assert ratio_of(rows, "a", "c") is None
 
 
+def test_the_table_holds_each_ratio_with_its_interval():
+    times = {OURS: [2.0, 2.0, 2.0], "Muon": [8.0, 6.0, 10.0], None: [1.0, 1.5, 1.0]}
+    rows = [
+        {"processor_milliseconds": each, "milliseconds": each, **({} if name is None else {"optimizer": name})}
+        for name, each in times.items()
+    ]
+    lines = list(beside(rows))[2:]
+    assert lines[0] == f"| {OURS} | 2.00 ms | 2.00 ms | 1 |"
+    assert lines[1] == "| Muon | 8.00 ms | 8.00 ms | 4.00 (3.00-5.00) |"
+    assert lines[2].startswith("| limit") and lines[2].endswith("| 1.00 ms | 1.00 ms | 0.50 (0.50-0.75) |")
+
+
 @pytest.mark.parametrize("count", [6, 25, 40])
 def test_the_interval_of_a_median_holds_it_in_95_of_100_draws(count):
     low, high = interval(range(count))
