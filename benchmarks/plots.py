@@ -11,6 +11,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
+from benchmarks.job.pages import draw_jobs
 from benchmarks.tables import loaded
 from torch_simu.unlearning.report.style import COLORS, INK, label_ends, looks, new_figure, save_figure, styled
 
@@ -160,6 +161,7 @@ def main() -> None:
     draw("attribution_budgets", budgets, 6.8, 4.2)
     draw("directions", directions, 6.8, 4.2)
     draw("relearning", relearning, 6.8, 4.4)
+    draw("job", lambda axes: draw_jobs(axes, loaded("job")["rows"]), 8, 4.4)
 
 
 if __name__ == "__main__":

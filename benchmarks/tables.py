@@ -9,6 +9,8 @@ from statistics import mean, median
 from benchmarks import scale
 from benchmarks.forgetting.harness.tables import kept_and_back
 from benchmarks.forgetting.recommended import recommended
+from benchmarks.job.pages import jobs
+from benchmarks.optimizer.beside import beside
 from benchmarks.planted.budgets import quality
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
@@ -239,6 +241,8 @@ TABLES = {
     "tofu_forget01": lambda: kept("tofu_forget01"),
     "optimizer_step": lambda: steps("bar", 0.05),
     "optimizer_step_second": lambda: steps("bar", 0.05, "optimizer_step_second"),
+    "optimizer_peers": lambda: beside(loaded("optimizer_peers")["rows"]),
+    "job": lambda: jobs(loaded("job")["rows"]),
     "optimizer_whitened": whitened,
     "optimizer_whitened_solves": whitened_solves,
     "optimizer_memory": lambda: memory("bar", 0.05),

@@ -166,6 +166,7 @@ VARIANTS: Mapping[str, Variant] = {
     "covariance of the outputs of rank 32": partial(looped, after=partial(of_rank, 32)),
     "30 % of the neurons, contrast": partial(configured, fraction=0.3),
     "30 % of the neurons, at random": partial(configured, **{**own_choices("simu"), **AT_RANDOM}),
+    "units: gate and up rows, too": partial(configured, units=True),
     "neurons that support the forget set": partial(looped, neurons=supporting),
     "... and toward zero only": partial(looped, neurons=supporting, after=toward_zero),
     "four layered folds": partial(folded, folds=4),

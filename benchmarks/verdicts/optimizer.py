@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import comb
+from statistics import median
 
 from benchmarks.verdicts.parts import Part, Row, part
 
@@ -38,3 +40,44 @@ def whitened(rows: Sequence[Row]) -> Iterator[Part]:
         known = {"neurons", "diagonal"} <= found.keys()
         ratio = min(found["neurons"][key]) / min(found["diagonal"][key]) if known else None
         yield part(f"{name} of a step whitened by its neurons, over the diagonal one", ratio, "at most", 2)
+
+
+def peers(rows: Sequence[Row]) -> Iterator[Part]:
+    """Processor time of each peer over that of ours, in the same rounds."""
+    for theirs, bar in (
+        ("dense masked Sophia as SOUL publishes it", 5),
+        ("dense masked Sophia, lean", 2),
+        ("dense masked Sophia, lean, compiled", 1),
+        ("AdamW, fused", 1),
+    ):
+        found = ratio_of(rows, theirs, "simu_graddiff")
+        yield part(f"times faster than {theirs}", found and found[0], "at least", bar)
+    found = ratio_of(rows, "LoRA, AdamW, fused", "simu_graddiff on deltas")
+    yield part("on deltas, time of LoRA's step of as many numbers over ours", found and found[0], "at least", 1)
+
+
+def ratio_of(rows: Sequence[Row], theirs: str, ours: str) -> tuple[float, float, float] | None:
+    """Median over the rounds of one's processor time over another's, and the 95 % interval of that median.
+
+    The interval is that of order statistics: it needs no distribution of the times.
+    """
+    times = {
+        row["optimizer"]: row["processor_milliseconds"]
+        for row in rows
+        if "processor_milliseconds" in row and "optimizer" in row
+    }
+    if not {theirs, ours} <= times.keys():
+        return None
+    ratios = sorted(each / mine for each, mine in zip(times[theirs], times[ours], strict=True))
+    return median(ratios), *interval(ratios)
+
+
+def interval(ordered: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median of what was drawn independently; the range where there are few."""
+    count = len(ordered)
+    below, place = 0.0, 0
+    while place < count // 2 and below + comb(count, place) / 2**count <= 0.025:
+        below += comb(count, place) / 2**count
+        place += 1
+    place = max(place - 1, 0)
+    return ordered[place], ordered[count - 1 - place]

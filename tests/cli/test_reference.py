@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.cli.test_cli import assert_one_line, call, files, options, write  # noqa: F401 (a fixture)
 from tests.unlearning.test_driver import RECIPE
+from torch_simu.cli.loading import Loading
 from torch_simu.unlearning.demo.demo import make_fiction
 
 TOFU = {"forget": "forget", "retain": "retain", "real-authors": "world", "world-facts": "world"}
@@ -56,6 +59,21 @@ def test_the_figures_of_a_file_stand_where_those_of_the_model_would(files, measu
     of_file, of_model = (json.loads((tmp_path / name).read_text()) for name in ("of_file", "of_model"))
     assert of_file == of_model and list(of_file["methods"]) == ["reference", "model"]
     assert capsys.readouterr().out.count("reference") >= 2
+
+
+def test_one_model_is_in_memory_at_a_time(files, monkeypatch):  # noqa: F811
+    alive, load = [], Loading.load
+
+    def counted(self, *given, **options):
+        gc.collect()
+        assert not any(model() is not None for model in alive)
+        found = load(self, *given, **options)
+        alive.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(Loading, "load", counted)
+    assert call("evaluate", *options(files, "forget", "retain"), "--reference", files / "model") == 0
+    assert len(alive) == 2
 
 
 def test_forget_quality_is_the_same_with_the_values_of_a_file(files, tofu, measured, tmp_path):  # noqa: F811

@@ -10,13 +10,15 @@ import torch
 
 from tests.models import EXPERTS, tiny
 from torch_simu import NeuronSelection
+from torch_simu.unlearning import driver
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, make_model
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
 from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.objectives import GradAscent, GradDiff, make_objective, mean_answer_nll
-from torch_simu.unlearning.steps import NonFiniteLossError
+from torch_simu.unlearning.steps import NonFiniteLossError, make_hooks
 
 RECIPE = DemoRecipe(
     num_forget=4,
@@ -95,6 +97,50 @@ def test_each_method_trains_its_weights_and_no_others(memorized, method):
             assert torch.equal(after[:, off], before[f"{layer}.weight"][:, off])
     differing = sum(int((param != before[name]).sum()) for name, param in model.named_parameters())
     assert done.changed_share == differing / sum(value.numel() for value in before.values())
+
+
+def test_of_many_forget_rows_some_are_measured_and_all_say_whether_the_target_is_reached(memorized, monkeypatch):
+    model, examples = memorized
+    rows, counted = examples["forget"], []
+
+    def counting(net, part, **options):
+        counted.append(list(part))
+        return score_answers(net, part, **options)
+
+    monkeypatch.setattr(driver, "score_answers", counting)
+    config = FAST.updated(max_steps=60, forget_target=0.3, fraction=0.3)
+    done = run(copy.deepcopy(model), examples, config.updated(eval_rows=len(rows)))
+    assert all(part == rows for part in counted)
+    counted.clear()
+    twin = run(model, examples, config.updated(eval_rows=len(rows) // 2))
+    assert done.reached and twin.reached and counted[-1] == rows
+    # Where the few say it the rest are asked: at the last steps only.
+    assert sum(len(part) for part in counted) < 0.75 * len(rows) * twin.steps
+    assert all(len({*map(id, part)} & {*map(id, rows)}) == len(part) for part in counted)
+    last = score_answers(model, rows, batch_size=128)["probability"]
+    assert twin.log[-1]["forget_probability"] == pytest.approx(sum(last) / len(last)) and sum(last) / len(last) <= 0.3
+
+
+def test_nothing_is_differentiated_below_the_first_layer_that_trains(memorized):
+    model, examples = memorized
+    reached = []
+    first, last = (block.mlp.down_proj for block in model.model.layers)
+    for layer in (first, last):
+        layer.register_forward_hook(lambda layer, _, out: reached.append((layer, out.requires_grad)))
+    selection = NeuronSelection({"model.layers.1.mlp.down_proj": [3, 4]}, {"model.layers.1.mlp.down_proj": RECIPE.d_ff})
+    for method in ("simu", "simu_graddiff"):
+        run(model, examples, FAST.updated(method=method, max_steps=1), selection=selection)
+    assert {flag for layer, flag in reached if layer is first} == {False}
+    assert {flag for layer, flag in reached if layer is last} == {True, False}
+
+
+def test_what_hooks_sum_is_forgotten_once_it_is_folded_in(memorized, monkeypatch):
+    model, examples = memorized
+    made = []
+    monkeypatch.setattr(driver, "make_hooks", lambda *given: made.append(make_hooks(*given)) or made[-1])
+    run(model, examples, FAST.updated(method="simu", max_steps=2, hessian_interval=1, lr=0.04, fraction=1.0))
+    (hooks,) = made
+    assert len(hooks.layers) == RECIPE.num_layers and not any(map(hooks.recorded, hooks.layers))
 
 
 def test_optimizer_state_is_that_of_the_selected_neurons(memorized):

@@ -267,6 +267,7 @@ def evaluate_job(
         chosen.check(rows, compared=reference is not None, reference=suites.get("reference"))
     for source in named.values():
         loading.check(source)
+    # A model is gone when its turn ends: two at once would take twice the memory.
     for name, source in named.items():
         net, tokenizer = loading.load(source)
         show_first(rows, tokenizer, measuring.max_length, show)
@@ -274,17 +275,17 @@ def evaluate_job(
         measures = measuring.measures(net, tokenizer, rows, f"evaluate {name}", progress)
         found = Attacking(attack, tokenizer, rows, measuring.max_length, progress).on(net, name)
         methods[name] = MethodResult(measures, attack=worst_of(found))
-        if chosen is None:
-            continue
-        suites[name] = chosen.measure(
-            net,
-            tokenizer,
-            rows,
-            reference=suites.get("reference"),
-            batch_size=measuring.batch_size,
-            max_new_tokens=measuring.max_new_tokens or chosen.max_new_tokens,
-            progress=renamed(progress, f"{suite} {name}".format),
-        )
+        if chosen is not None:
+            suites[name] = chosen.measure(
+                net,
+                tokenizer,
+                rows,
+                reference=suites.get("reference"),
+                batch_size=measuring.batch_size,
+                max_new_tokens=measuring.max_new_tokens or chosen.max_new_tokens,
+                progress=renamed(progress, f"{suite} {name}".format),
+            )
+        del net
     notes = attack_notes(found, reference=floor_of(methods.get("reference")))
     report = Report("torch-simu evaluate", 0, methods, settings, notes)
     headlines = {} if chosen is None else chosen.shown(suites["model"])

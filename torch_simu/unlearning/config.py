@@ -128,6 +128,8 @@ class UnlearnConfig:
         max_steps: Steps at most.
         forget_target: Stop when the mean probability of the forget answers is at most this; None: never.
         eval_interval: Steps between two measurements of that probability.
+        eval_rows: At most this many forget rows are measured then, evenly spread; all of them where these say that the
+            target is reached.
         monitor_interval: Steps between two measurements of the monitored sets.
         checkpoint_interval: Steps between two checkpoints, where there is a place for them.
         seed: Of batches, random neurons and sampled labels.
@@ -177,6 +179,7 @@ class UnlearnConfig:
     max_steps: int = 200
     forget_target: float | None = 0.1
     eval_interval: int = 1
+    eval_rows: int = 100
     monitor_interval: int = 5
     checkpoint_interval: int = 20
     seed: int = 0

@@ -9,17 +9,20 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from torch_simu._checks import problem
 from torch_simu.attribution import Attribution
+from torch_simu.columns import Columns
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import GradientBalance
 from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
+from torch_simu.unlearning.data.batches import evenly
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.identity import identity
@@ -140,7 +143,8 @@ def unlearn(
                     interval=config.adversary_interval,
                     model=model if config.adversary_scope == "all" else None,
                 )
-            start = {name: param.detach().to("cpu", copy=True) for name, param in params.items()}
+            columns = _trained_columns(optimizer)
+            start = {name: _entries(param, columns, copy=True) for name, param in params.items()}
             log = [] if saved is None else saved.load(params, optimizer, adversary)
             stream = StepBatches(forget, retain, config, pad_id, model.device)
             refresh = Refresh(retain, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
@@ -153,8 +157,7 @@ def unlearn(
                 record = stepper.take(number)
                 last = number + 1 == config.max_steps
                 if (number + 1) % config.eval_interval == 0 or last:
-                    scores = score_answers(model, forget, batch_size=config.eval_batch_size, pad_id=pad_id)
-                    record["forget_probability"] = _mean(scores["probability"])
+                    record["forget_probability"] = _known(model, forget, config, pad_id)
                     reached = _reached(record, config)
                 if monitor and ((number + 1) % config.monitor_interval == 0 or reached or last):
                     before = time.perf_counter()
@@ -180,7 +183,7 @@ def unlearn(
         attribution,
         log,
         reached,
-        changed_share=_changed(params, start) / sum(param.numel() for param in model.parameters()),
+        changed_share=_changed(params, columns, start) / sum(param.numel() for param in model.parameters()),
         optimizer_bytes=state_bytes(optimizer),
         seconds=time.perf_counter() - started - measuring,
     )
@@ -196,6 +199,18 @@ def state_bytes(optimizer: Optimizer) -> int:
     """
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _known(model: PreTrainedModel, forget: Sequence[Example], config: UnlearnConfig, pad_id: int) -> float:
+    """Measure the mean probability of forget rows, of some of them first where there are many."""
+    some = evenly(forget, config.eval_rows)
+
+    def mean_of(rows: Sequence[Example]) -> float:
+        return _mean(score_answers(model, rows, batch_size=config.eval_batch_size, pad_id=pad_id)["probability"])
+
+    found = mean_of(some)
+    # The target is reached by all rows, or not at all.
+    return mean_of(forget) if len(some) < len(forget) and _reached({"forget_probability": found}, config) else found
 
 
 def _reached(record: Record, config: UnlearnConfig) -> bool:
@@ -228,8 +243,25 @@ def _monitored(
     return measured
 
 
-def _changed(params: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> int:
-    return sum(int((param.detach().cpu() != start[name]).sum()) for name, param in params.items())
+def _trained_columns(optimizer: Optimizer) -> dict[nn.Parameter, Columns]:
+    """Return the columns of each parameter that can change at all, where those are not all of them."""
+    return {
+        param: Columns(group["neuron_dim"], torch.tensor(neurons, dtype=torch.int64, device=param.device))
+        for group in optimizer.param_groups
+        for param, neurons in zip(group["params"], group.get("neurons", ()), strict=False)
+        if neurons is not None
+    }
+
+
+def _entries(param: nn.Parameter, columns: Mapping[nn.Parameter, Columns], *, copy: bool = False) -> Tensor:
+    chosen = columns[param].gather(param.detach()) if param in columns else param.detach()
+    return chosen.to("cpu", copy=copy)
+
+
+def _changed(
+    params: Mapping[str, nn.Parameter], columns: Mapping[nn.Parameter, Columns], start: Mapping[str, Tensor]
+) -> int:
+    return sum(int((_entries(param, columns) != start[name]).sum()) for name, param in params.items())
 
 
 def _fingerprint(
@@ -248,7 +280,7 @@ def _fingerprint(
         for name, value in config.to_json().items()
         if (name not in ("max_steps", "forget_target") and not name.startswith(("eval_", "monitor_", "checkpoint_")))
         # What is measured sets the pace.
-        or (config.paced and name == "eval_interval")
+        or (config.paced and name in ("eval_interval", "eval_rows"))
     }
     data = [[(row.input_ids, row.labels) for row in rows] for rows in (forget, retain)]
     configuration = {"config": choices, "objective": identity(objective), "selection": chosen, "data": data}

@@ -160,6 +160,8 @@ class Stepper:
             raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
         if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):
             optimizer.update_curvature(self.hooks)
+            # The sums are as large as the factors that were made of them.
+            self.hooks.reset()
             record["refreshed"] = True
         if self.balance is not None:
             # First the retain gradient alone: its norm would take what is not finite into every parameter.

@@ -135,3 +135,33 @@ def test_scores_of_a_batch_equal_those_of_each_row_alone(family, batch_size):
             logits = model(torch.tensor([encoded.input_ids])).logits[0]
         for name, value in naive_scores(logits, list(encoded.labels)).items():
             assert values[name][index] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_logits_before_a_label_are_made(family):
+    tokenizer = word_tokenizer()
+    model = tiny_model(tokenizer, family)
+    examples = encode(ROWS, tokenizer)
+    widths = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: widths.append(logits.shape[1]))
+    score_answers(model, examples, batch_size=1, pad_id=0)
+    assert sorted(widths) == sorted(row.num_scored for row in examples)
+
+
+def test_a_wrapper_that_does_not_say_what_it_passes_on_is_scored_the_same():
+    tokenizer = word_tokenizer()
+    model = tiny_model(tokenizer, "llama")
+    examples = encode(ROWS, tokenizer)
+    plain = score_answers(model, examples, batch_size=3, pad_id=0)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def forward(self, *args, **kwargs):
+            assert "logits_to_keep" not in kwargs
+            return self.model(*args, **kwargs)
+
+    wrapped = score_answers(Wrapper(), examples, batch_size=3, pad_id=0)
+    assert wrapped == {name: pytest.approx(values, abs=1e-6) for name, values in plain.items()}

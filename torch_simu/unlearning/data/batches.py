@@ -86,6 +86,20 @@ def batches_in_order(examples: Sequence[Example], batch_size: int, pad_id: int =
         yield collate(examples[start : start + batch_size], pad_id)
 
 
+def evenly(examples: Sequence[Example], most: int) -> Sequence[Example]:
+    """Return at most so many examples, evenly spread over all of them.
+
+    Examples:
+        >>> evenly(range(10), 4)
+        [0, 2, 5, 7]
+        >>> evenly([7, 8], 4)
+        [7, 8]
+    """
+    check_count("most", most)
+    count = len(examples)
+    return examples if count <= most else [examples[place * count // most] for place in range(most)]
+
+
 def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group indices into batches of `batch_size` with little padding, the longest first: lack of memory shows at once.
 

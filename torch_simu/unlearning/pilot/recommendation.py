@@ -101,7 +101,9 @@ def expected(found: Try, sizes: Sizes) -> tuple[int, float]:
     """
     more = sizes.forget / sizes.pilot_forget
     steps = found.steps if found.config.paced else math.ceil(found.steps * more)
-    each = found.seconds_per_step + (sizes.forget - sizes.pilot_forget) * sizes.row_seconds / found.config.eval_interval
+    most = found.config.eval_rows
+    further = min(sizes.forget, most) - min(sizes.pilot_forget, most)
+    each = found.seconds_per_step + further * sizes.row_seconds / found.config.eval_interval
     return steps, found.attribution_seconds * more + steps * each
 
 

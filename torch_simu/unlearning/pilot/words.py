@@ -14,7 +14,7 @@ _SIZES = ("forget_batch_size", "retain_batch_size", "hessian_batch_size", "eval_
 AS_GIVEN = "as given"
 """The name of the try that changes nothing."""
 
-_WITHOUT = ("attribution_method", "eval_interval", "monitor_interval")
+_WITHOUT = ("attribution_method", "eval_interval", "eval_rows", "monitor_interval")
 """The choices that the command line has no option for."""
 
 _USUAL = 16
