@@ -109,7 +109,10 @@ def _check_hookable(model: PreTrainedModel, selection: NeuronSelection, config: 
 
 
 def make_hooks(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConfig) -> NeuronHooks | None:
-    """Return hooks on what trains, where the curvature is a covariance; they record inside `recording` only."""
+    """Return hooks on what an optimizer trains of a model, where the curvature of `config` is a covariance.
+
+    They record inside `recording` only.
+    """
     return covariance_hooks(model, optimizer, recording=False) if config.whitened else None
 
 

@@ -121,3 +121,23 @@ def differences(result: Mapping[str, Any]) -> Iterator[str]:
     others = [name for name, _ in by_method(rows) if name not in (*NEVER_UNLEARNED, DEFAULT)]
     lines = ([name, *(shown(difference(rows, DEFAULT, name, value)) for value in columns.values())] for name in others)
     yield from table([f"{DEFAULT} less", *columns], lines)
+
+
+def variants(result: Mapping[str, Any]) -> Iterator[str]:
+    """What each change of the default keeps and lets come back: means over its seeds."""
+    names = dict.fromkeys(row["variant"] for row in result["rows"])
+    groups = {name: [row for row in result["rows"] if row["variant"] == name] for name in names}
+    sets = [(name, "whole") for name in ("retain", "world")]
+    lines = (
+        [
+            name,
+            f"{len(ours)}",
+            f"{mean(row['steps'] for row in ours):.0f}",
+            ended(ours),
+            *(cell(ours, of_set(each, measure)) for each, measure in sets),
+            cell(ours, relearned),
+        ]
+        for name, ours in groups.items()
+    )
+    heads = [f"{name}, {measure}" for name, measure in sets]
+    yield from table(["change", "seeds", "steps", "forget prob.", *heads, "relearned, prob."], lines)

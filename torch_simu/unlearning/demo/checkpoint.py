@@ -73,7 +73,7 @@ class DemoCheckpoint:
 
     @classmethod
     def check(cls, folder: Path, report: Mapping[str, Any]) -> None:
-        """Raise what `open` would, and make nothing."""
+        """Raise the ValueError that `open` would for this `report`, and make nothing."""
         found = cls(folder)
         if not folder.exists():
             return

@@ -60,7 +60,7 @@ class DemoResult:
 
 
 def empty_report(seed: int = 0, recipe: DemoRecipe | None = None) -> Report:
-    """Return the report of a demo before a model is finished: which demo it is."""
+    """Return the report of a demo before a model is finished: which demo it is, by `seed` and `recipe`."""
     recipe = DemoRecipe() if recipe is None else recipe
     return Report("torch_simu demo: forget fictional people", seed, {}, recipe.to_json())
 

@@ -46,7 +46,7 @@ class Fiction:
 
 
 def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
-    """Write the demo's corpus and encode it."""
+    """Write the demo's corpus, of a recipe's size and drawn from the seed, and encode it."""
     corpus = make_corpus(
         seed,
         num_forget=recipe.num_forget,

@@ -41,7 +41,7 @@ class DemoPlan:
 
     @classmethod
     def make(cls, recipe: DemoRecipe | None = None, methods: Sequence[str] = tuple(METHODS)) -> DemoPlan:
-        """Count what a demo has to do, and measure on a few training steps how fast this machine is."""
+        """Count what a demo of a `recipe` has to do for its `methods`, and time a few training steps here."""
         recipe = DemoRecipe() if recipe is None else recipe
         fiction = make_fiction(recipe, 0)
         costs = {name: _cost(name, recipe, fiction) for name in models_of(methods)}
