@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import mean, median
 
 from benchmarks import scale
-from benchmarks.forgetting.harness.tables import kept_and_back
+from benchmarks.forgetting.harness.tables import kept_and_back, variants
 from benchmarks.forgetting.recommended import recommended
 from benchmarks.job.pages import jobs
 from benchmarks.optimizer.beside import beside
@@ -259,6 +259,7 @@ TABLES = {
     "scale_models": scale.models,
     "scale_memory": scale.memory,
     "lasting_demo": lambda: kept_and_back(loaded("lasting_demo")),
+    "variants": lambda: variants(loaded("variants")),
     "lasting_tofu": lambda: kept_and_back(loaded("lasting_tofu")),
     "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }

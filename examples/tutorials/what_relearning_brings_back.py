@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import copy
 
-from matplotlib.figure import Figure
-
 from torch_simu.unlearning.attack.attack import attack_model
 from torch_simu.unlearning.attack.config import AttackConfig
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction, train_base
 from torch_simu.unlearning.demo.memorize import TrainConfig
 from torch_simu.unlearning.driver import unlearn
+from torch_simu.unlearning.report.style import label_ends, looks, new_figure, save_figure, styled
 
 # --8<-- [end:imports]
 
@@ -27,25 +26,30 @@ for method, lr in (("simu_graddiff", 1e-3), ("simu", 0.04)):
     models[method] = copy.deepcopy(before)
     config = UnlearnConfig(method=method, lr=lr, hessian_interval=5, attribution_steps=5, max_completeness_error=None)
     unlearn(models[method], forget, retain, config=config)
-models["never saw them"] = train_base(fiction, recipe, seed=0, sets=["retain", "world"])
+models["retrained"] = train_base(fiction, recipe, seed=0, sets=["retain", "world"])
 # --8<-- [end:models]
 
 # --8<-- [start:attack]
 attack = AttackConfig(rates=(1e-3,), steps=20, interval=2)
-figure = Figure(figsize=(7.6, 3.6), layout="constrained")
-axes, back = figure.add_subplot(), {}
-for name, model in models.items():
-    found = attack_model(model, forget, attacks=["relearn"], config=attack)["relearn"]
-    points = [(0, found.before.probability)] + [(point.step, point.probability) for point in found.trace]
-    axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    back[name] = found.probability
-    print(f"{name}: {found.before.probability:.2f}, at most {back[name]:.2f} while {found.num_taught} rows are taught")
-axes.set(xlabel="steps of relearning", ylabel="mean probability of the rows not taught", ylim=(0, 1))
-figure.legend(loc="outside right upper")
-figure.savefig("relearning.png", dpi=130)
+back, ends, drawn = {}, {}, looks(list(models))
+figure = new_figure(7.6, 3.6)
+with styled():
+    axes = figure.add_subplot()
+    axes.set(
+        xlabel="steps of relearning", ylabel="mean probability, rows not taught", xlim=(0, attack.steps), ylim=(0, 1)
+    )
+    for name, model in models.items():
+        found = attack_model(model, forget, attacks=["relearn"], config=attack)["relearn"]
+        points = [(0, found.before.probability)] + [(point.step, point.probability) for point in found.trace]
+        color, marker = drawn[name]
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4)
+        back[name], ends[name] = found.probability, points[-1]
+        print(f"{name}: {found.before.probability:.2f}, at most {back[name]:.2f}; {found.num_taught} rows are taught")
+    label_ends(axes, ends, drawn)
+save_figure(figure, "relearning.png")
 # --8<-- [end:attack]
 
 # --8<-- [start:claim]
 assert back["simu"] < back["simu_graddiff"] < back["before"]
-assert back["simu"] > 1.2 * back["never saw them"]
+assert back["simu"] > 1.2 * back["retrained"]
 # --8<-- [end:claim]
