@@ -92,7 +92,8 @@ def bytes_per_token(model: nn.Module, ids: Tensor) -> int:
         return tensor
 
     def traced(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
+        # No leaf, which models may not scale in place.
+        return output.detach().requires_grad_().clone()
 
     with ExitStack() as stack:
         for embedding in (module for module in model.modules() if isinstance(module, nn.Embedding)):

@@ -73,7 +73,11 @@ class DemoCheckpoint:
 
     @classmethod
     def check(cls, folder: Path, report: Mapping[str, Any]) -> None:
-        """Raise the ValueError that `open` would for this `report`, and make nothing."""
+        """Raise what `open` would for this `report`, and make nothing.
+
+        Raises:
+            ValueError: If the folder holds something else, or another demo.
+        """
         found = cls(folder)
         if not folder.exists():
             return
@@ -91,7 +95,7 @@ class DemoCheckpoint:
             self.folder.rmdir()
 
     def load(self, name: str) -> Finished | None:
-        """Read what is known of a model; None before it is finished.
+        """Read what is known of the model with this `name`; None before it is finished.
 
         Raises:
             ValueError: If a file is damaged.
@@ -106,7 +110,7 @@ class DemoCheckpoint:
         return Finished(result, records, Attribution.load(scores) if scores.exists() else None)
 
     def save(self, name: str, finished: Finished) -> None:
-        """Write what is known of a model. Its row comes last: where that is, all of it is there."""
+        """Write what is known of the model `name` (`finished`). Its row comes last: where that is, all is there."""
         if finished.log:
             write_log(self._log(name), finished.log)
         if finished.attribution is not None:
@@ -116,7 +120,7 @@ class DemoCheckpoint:
         write_json(self._results, content)
 
     def load_taught(self, name: str, model: PreTrainedModel) -> float | None:
-        """Restore the weights of a model that was taught, in place; None before it was.
+        """Restore the weights of the model `name` that was taught, in place; None before it was.
 
         Returns:
             How many seconds the teaching took.
@@ -136,7 +140,7 @@ class DemoCheckpoint:
         return _read(path, restored)
 
     def save_taught(self, name: str, model: PreTrainedModel, seconds: float) -> None:
-        """Write the weights of a model that was taught."""
+        """Write the weights of the `model` of this `name`, and the seconds that teaching it took."""
         save_tensors(self._taught(name), _KIND, model.state_dict(), {"seconds": seconds})
 
     @property

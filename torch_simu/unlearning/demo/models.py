@@ -62,7 +62,7 @@ def make_fiction(recipe: DemoRecipe, seed: int) -> Fiction:
 
 
 def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedModel:
-    """Make the demo's Llama with random weights."""
+    """Make the demo's Llama, of a recipe's size and for a vocabulary, with weights drawn from the seed."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=recipe.d_model,
@@ -81,7 +81,7 @@ def make_model(recipe: DemoRecipe, vocabulary: int, seed: int) -> PreTrainedMode
 
 
 def measured(model: PreTrainedModel, fiction: Fiction, *, progress: Progress | None = None) -> dict[str, Measures]:
-    """Measure what a model knows of each set of the demo, told as the stage "measure"."""
+    """Measure what a model knows of each set of the `fiction`, told to `progress` as the stage "measure"."""
     # A row counts twice: it is scored, and generated.
     total, done = 2 * sum(map(len, fiction.rows.values())), 0
     found: dict[str, Measures] = {}
@@ -102,9 +102,9 @@ def forget_by(
     attack: AttackConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[MethodResult, Unlearned]:
-    """Make a copy of `base` forget by one method, and measure what it kept; `selection` as in `unlearn`.
+    """Make a copy of `base` forget by one method; `config`, `selection` and `progress` are as in `unlearn`.
 
-    With an `attack`, also what relearning brings back.
+    Measured is what it kept of the `fiction`; with an `attack`, also what relearning brings back.
     """
     model = copy.deepcopy(base)
     done = unlearn(
@@ -130,7 +130,7 @@ def train_base(
     *,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Make the demo's model and let it memorize the named sets."""
+    """Make the model of `recipe` and `seed` and let it memorize the named sets of the `fiction`, told to `progress`."""
     model = make_model(recipe, len(fiction.tokenizer), seed)
     examples = [example for name in sets for example in fiction.examples[name]]
     config = dataclasses.replace(recipe.training, seed=seed)
@@ -139,7 +139,7 @@ def train_base(
 
 
 def models_of(methods: Sequence[str]) -> list[str]:
-    """Return the names of the models of a demo, in the order in which they are made: a row of the table each.
+    """Return the names of the models of a demo of these `methods`, in the order in which they are made: a row of the table each.
 
     Examples:
         >>> models_of(["simu"])

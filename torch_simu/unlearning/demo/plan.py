@@ -48,7 +48,7 @@ class DemoPlan:
         return cls(costs, _seconds_per_row(recipe, fiction))
 
     def seconds(self, finished: Collection[str] = ()) -> float:
-        """Return roughly how long the models take that are not finished."""
+        """Return roughly how many seconds the models take that are not `finished`."""
         return self.seconds_per_row * sum(cost for name, cost in self.costs.items() if name not in finished)
 
     def left(self, finished: Collection[str], before: Collection[str], elapsed: float) -> float:
@@ -64,7 +64,7 @@ class DemoPlan:
 
 
 def about(recipe: DemoRecipe | None = None, methods: Sequence[str] = tuple(METHODS)) -> str:
-    """Say in a few sentences what a demo does."""
+    """Say in a few sentences what a demo of a `recipe` does with its `methods`."""
     recipe = DemoRecipe() if recipe is None else recipe
     forget, others, target = recipe.num_forget, recipe.num_forget * recipe.retain_per_forget, _target(recipe)
     back = ""
@@ -80,7 +80,7 @@ def about(recipe: DemoRecipe | None = None, methods: Sequence[str] = tuple(METHO
 
 
 def duration(seconds: float) -> str:
-    """Say roughly how long something takes.
+    """Say roughly how long something takes, of so many seconds.
 
     Examples:
         >>> duration(40), duration(50), duration(230)
