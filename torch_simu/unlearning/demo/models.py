@@ -139,7 +139,7 @@ def train_base(
 
 
 def models_of(methods: Sequence[str]) -> list[str]:
-    """Return the names of the models of a demo of these `methods`, in the order in which they are made: a row of the table each.
+    """Return the names of the models of a demo of these `methods`, in the order in which they are made.
 
     Examples:
         >>> models_of(["simu"])
@@ -166,7 +166,7 @@ class DemoModels:
         self.recipe, self.seed, self.saved, self.progress = recipe, seed, saved, progress
 
     def finished(self, name: str) -> Finished:
-        """Return what is known of a model, after making it where that is needed."""
+        """Return what is known of the model `name`, after making it where that is needed."""
         found = None if self.saved is None else self.saved.load(name)
         if found is None:
             found = self._made(name)
