@@ -29,7 +29,10 @@ def environment() -> dict[str, object]:
 def command() -> str:
     """How this script was called, without the folders of this machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python -m", sys.modules["__main__"].__spec__.name.removesuffix(".__main__"), *words])
+    spec = sys.modules["__main__"].__spec__
+    # A process of a test run has none.
+    name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
+    return " ".join(["python -m", name, *words])
 
 
 def write_result(path: Path, *, claim: str, force: bool = False, **content: object) -> None:
