@@ -46,16 +46,11 @@ def by_covariances(problem: Problem) -> Optimizer:
     return optimizer
 
 
-class LeanMaskedSophia(Optimizer):
+class LeanMaskedSophia(DenseMaskedSophia):
     """Sophia's own arithmetic over whole tensors with a mask, in place and with one buffer; curvature at refreshes."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.weights, {"lr": 1e-4})
-        for weight, chosen in zip(problem.weights, problem.chosen, strict=True):
-            mask = torch.zeros_like(weight)
-            mask[:, chosen] = 1
-            zeros = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for _ in range(2)]
-            self.state[weight] = {"mask": mask, "exp_avg": zeros[0], "hessian": zeros[1]}
+        super().__init__(problem)
         self._buffer = torch.empty_like(problem.weights[0])
 
     @torch.no_grad()
