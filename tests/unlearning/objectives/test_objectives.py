@@ -71,6 +71,15 @@ def test_the_divergence_is_zero_at_the_start_and_that_of_the_predictions_after_i
     assert found["forget"] == terms(Probability(), model)["forget"]
 
 
+def test_the_divergence_takes_no_pass_for_the_retain_loss_that_it_replaces() -> None:
+    _, model, start = moved()
+    passes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda *given: passes.append(given[-1]["input_ids"].shape), with_kwargs=True)
+    terms(KeepsPredictions(Probability(), start), model)
+    # As it was and as it is, both on the retain batch.
+    assert passes == [FORGET["input_ids"].shape, *[RETAIN["input_ids"].shape] * 2]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("retain_term", ["nll", "kl"])
 def test_what_is_not_scored_plays_no_part(name: str, retain_term: str) -> None:

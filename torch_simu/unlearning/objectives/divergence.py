@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -43,11 +44,9 @@ class KeepsPredictions:
         check_number("retain_weight", self.retain_weight)
 
     def terms(self, model: PreTrainedModel, forget: Batch, retain: Batch) -> Iterator[Term]:
-        """Yield the forget terms of the objective, and the divergence on the retain batch."""
-        for term in self.objective.terms(model, forget, retain):
-            if term.name == "retain":
-                break
-            yield term
+        """Yield the first term of the objective, and the divergence on the retain batch."""
+        # The first alone: its own retain term would cost a pass before it could be left out.
+        yield from islice(self.objective.terms(model, forget, retain), 1)
         loss = divergence_from_start(model, self.start, retain)
         yield Term("retain", self.retain_weight, loss, "retain tokens")
 
