@@ -54,6 +54,8 @@ def demo_case(seed: int) -> Case:
 
 KNOWN = 0.1
 """The probability from which on a pretrained model knows a fact."""
+TOKENS = 24
+"""Of a plain text."""
 
 
 @functools.cache
@@ -79,7 +81,10 @@ def pretrained_case(work: Path, seed: int) -> Case:
     of_kind = facts()
     capitals = known(of_kind["capital"])
     random.Random(seed).shuffle(capitals)
-    texts = [encoded("", text) for text in plain_texts(32)]
+    # Only their beginnings: each batch is as long as its longest row, and facts have ten tokens.
+    texts = [
+        Example(row.input_ids[:TOKENS], row.labels[:TOKENS]) for row in (encoded("", text) for text in plain_texts(32))
+    ]
     rows = {
         name: [encoded(each.prompt, each.answer) for each in found]
         for name, found in {

@@ -19,7 +19,7 @@ SMALL_MODELS = {
 PRETRAINED = {
     "weights": (5e-6, 1e-5, 2e-5),
     "columns": (2e-4, 4e-4, 8e-4),
-    "shares": (1e-4, 2e-4, 4e-4),
+    "shares": (2e-4, 4e-4, 8e-4),
     "low rank": (5e-5, 1e-4, 2e-4),
 }
 """Step sizes to try, by what they are one of. LoRA's are ten times those of all weights."""
