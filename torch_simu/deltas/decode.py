@@ -35,7 +35,7 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for name, weight in weights.items():
         layer = model.get_submodule(name)
         if isinstance(layer, DeltaLayer):
-            weight[:, layer.idx] += layer.delta
+            layer.columns.add_(weight, layer.change)
         bias = cast("nn.Parameter | None", layer.bias)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)

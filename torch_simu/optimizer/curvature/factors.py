@@ -13,7 +13,7 @@ from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.columns import neurons_first
 from torch_simu.hooks import NeuronHookError, NeuronHooks
-from torch_simu.layers import neuron_dim
+from torch_simu.layers import neuron_dim, output_dim
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
 from torch_simu.optimizer.groups import selects_rows
@@ -70,10 +70,13 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
         indices, delta = entry.columns.indices, _is_delta(param, layer)
-        if not delta and selects_rows(group) != (dim % 2 != cast("int", neuron_dim(layer)) % 2):
+        # A delta has its outputs first, whatever the layout of the weight.
+        rows = dim % 2 != (1 if delta else cast("int", neuron_dim(layer)) % 2)
+        if selects_rows(group) != rows or (delta and layer.rows != rows):
             wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
             expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
-            advice = 'Take curvature="gnb" for that group, or groups of selection.param_groups(model, units=True).'
+            groups = "torch_simu.deltas.trained_groups" if delta else "selection.param_groups"
+            advice = f'Take curvature="gnb" for that group, or groups of {groups}, with units=True.'
             raise ValueError(problem(wrong, expected, advice))
         if indices is None:
             columns = cast("Tensor", layer.idx) if delta else torch.arange(shape[dim], device=local(param).device)
@@ -163,14 +166,15 @@ def weight_norm(entry: Entry, trained: Trained | None = None) -> Tensor:
     if trained is not None and _is_delta(entry.param, trained.layer):
         layer = trained.layer
         weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
-        kept = neurons_first(weight, neuron_dim(layer)).index_select(0, trained.neurons.to(weight.device))
-        values = kept.T + values
+        dim = output_dim(layer) if layer.rows else neuron_dim(layer)
+        kept = neurons_first(weight, dim).index_select(0, trained.neurons.to(weight.device))
+        values = (kept if layer.rows else kept.T) + values
     square = values.to(entry.grad.dtype).square().sum()
     return summed_over_shards([square], [entry.param])[0].sqrt()
 
 
 def _is_delta(param: Tensor, layer: nn.Module) -> bool:
-    """Say whether a parameter is the change of some columns, kept beside the weight."""
+    """Say whether a parameter is the change of some columns or rows, kept beside the weight."""
     return param is getattr(layer, "delta", None)
 
 

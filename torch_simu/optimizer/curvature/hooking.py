@@ -79,10 +79,10 @@ def _trained(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> tuple[dic
             name, layer = owners[param]
             dim = group["neuron_dim"] % 2
             chosen = torch.arange(param.shape[dim]) if neurons is None else torch.tensor(neurons)
+            if param is getattr(layer, "delta", None):
+                chosen = cast("Tensor", layer.idx).to(chosen.device)[chosen]
             if selects_rows(group):
                 inputs[name], outputs[name] = torch.arange(param.shape[1 - dim]), chosen
                 continue
-            if param is getattr(layer, "delta", None):
-                chosen = cast("Tensor", layer.idx).to(chosen.device)[chosen]
             inputs[name] = chosen
     return inputs, outputs
