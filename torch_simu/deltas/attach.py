@@ -23,7 +23,6 @@ from torch_simu.layers import (
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.neurons import NeuronSelection
 
-
 NOTHING = NeuronSelection({}, {})
 """No layer at all."""
 

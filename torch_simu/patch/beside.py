@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
-from torch_simu._hashes import sha256_of, sha256_of_all
+from torch_simu._hashes import sha256_of_all
 from torch_simu.deltas.files import DELTAS, DeltasOnFile, read_deltas, write_deltas
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Change
@@ -25,26 +26,68 @@ def deltas_beside(folder: str | Path) -> dict[str, Change]:
     path = Path(folder) / DELTAS
     if not path.is_file():
         return {}
-    deltas, selection, hashes = read_deltas(path)
+    held = read_deltas(path)
     return {
-        f"{layer}{_SUFFIX}": Change(
-            "delta",
-            hashes[layer],
-            sha256_of(delta),
-            str(delta.dtype),
-            tuple(delta.shape),
-            -1,
-            selection.num_neurons[layer],
-            selection[layer],
+        f"{layer}{_SUFFIX}": Change.of_delta(
             delta,
+            held.selection[layer],
+            of=held.selection.num_neurons[layer],
+            rows=layer in held.rows,
+            beside=held.hashes[layer],
         )
-        for layer, delta in deltas.items()
+        for layer, delta in held.deltas.items()
     }
 
 
 def layer_of(name: str) -> str:
     """Return the layer whose delta has a name."""
     return name.removesuffix(_SUFFIX)
+
+
+def places_of(deltas: Mapping[str, Change]) -> tuple[NeuronSelection, NeuronSelection]:
+    """Return the neurons of the columns, and the outputs of the rows, of deltas by their layers."""
+    columns, rows = (
+        NeuronSelection(
+            {layer: change.neurons for layer, change in deltas.items() if change.kind == kind},
+            {layer: change.num_neurons for layer, change in deltas.items() if change.kind == kind},
+        )
+        for kind in ("delta", "delta_rows")
+    )
+    return columns, rows
+
+
+def check_selected(deltas: Mapping[str, Change], selection: NeuronSelection, *, units: bool) -> None:
+    """Raise where a delta is of other neurons than the selected ones, or of rows that make others.
+
+    Raises:
+        ValueError: If one is, or is of rows without `units`.
+    """
+    for name, change in deltas.items():
+        layer, rows = layer_of(name), change.kind == "delta_rows"
+        if rows and not units:
+            wrong = f"The delta of layer {layer!r} is of rows that make neurons"
+            raise ValueError(problem(wrong, "columns of the selection alone", "Pass units=True (--units)."))
+        if rows:
+            expected = _rows_beside(layer, change.num_neurons, selection)
+        else:
+            expected = [selection[layer]] if layer in selection else []
+        if not any(torch.equal(each, change.neurons) for each in expected):
+            raise ValueError(problem(f"The delta of layer {layer!r} is of other neurons", "those of the selection"))
+
+
+def _rows_beside(layer: str, num_rows: int, selection: NeuronSelection) -> list[Tensor]:
+    """Return the rows of a projection that would make selected neurons, for each layer beside it, by name and size.
+
+    As `torch_simu.layers.sources_beside` finds them, without a model.
+    """
+    found = []
+    for name in selection:
+        parent, size = name.rpartition(".")[0], selection.num_neurons[name]
+        up = parent.rpartition(".")[0]
+        beside = layer.rpartition(".")[0] == parent or (bool(parent) and layer.startswith(f"{up}." if up else ""))
+        if beside and num_rows in (size, 2 * size):
+            found.append(torch.cat([selection[name] + start for start in range(0, num_rows, size)]))
+    return found
 
 
 def stored_fingerprint(tensors: Mapping[str, Tensor], layer: str) -> str | None:
@@ -55,6 +98,11 @@ def stored_fingerprint(tensors: Mapping[str, Tensor], layer: str) -> str | None:
     scales = [f"{layer}.SCB"] if f"{layer}.SCB" in tensors else []
     states = sorted(name for name in tensors if name.startswith(f"{weight}."))
     return sha256_of_all(("", tensors[name]) for name in (weight, *scales, *states))
+
+
+def is_same(one: Change, other: Change) -> bool:
+    """Say whether two deltas are of the same values at the same places."""
+    return one.after == other.after and one.is_at(other.neurons, rows=other.kind == "delta_rows")
 
 
 def check_deltas(
@@ -74,7 +122,7 @@ def check_deltas(
             advice = "The patch was made for another base, or in codes of other options."
             raise ValueError(problem(wrong, f"{change.before[:12]}...", advice))
     there = deltas_beside(folder)
-    same = there.keys() == deltas.keys() and all(there[name].after == deltas[name].after for name in deltas)
+    same = there.keys() == deltas.keys() and all(is_same(there[name], deltas[name]) for name in deltas)
     if applied and not same:
         held = "other deltas" if there else "no deltas"
         raise ValueError(
@@ -89,10 +137,7 @@ def check_deltas(
 def put_deltas(deltas: Mapping[str, Change], folder: Path) -> None:
     """Write deltas into a folder."""
     layers = {layer_of(name): change for name, change in deltas.items()}
-    selection = NeuronSelection(
-        {layer: change.neurons for layer, change in layers.items()},
-        {layer: change.num_neurons for layer, change in layers.items()},
-    )
+    columns, rows = places_of(layers)
     values = {layer: change.value for layer, change in layers.items()}
     hashes = {layer: change.before for layer, change in layers.items()}
-    write_deltas(folder / DELTAS, DeltasOnFile(values, selection, hashes))
+    write_deltas(folder / DELTAS, DeltasOnFile(values, columns | rows, hashes, frozenset(rows)))
