@@ -1,4 +1,4 @@
-"""Units beside codes step as those of the decoded model, keep what was forgotten first, and refuse what is not proved."""
+"""Units beside codes step as those of the decoded model, keep what was forgotten first, and are proved."""
 
 from __future__ import annotations
 
