@@ -102,8 +102,8 @@ def audit(
         base: The base's tensors.
         model: The changed model's.
         unread: Tensors that only one side may have, because no model reads them.
-        codes: Delta -> sha256 of the codes and scales that it is beside in the changed model, where it is of the columns,
-            or rows, of the patch.
+        codes: Delta -> sha256 of the codes and scales that it is beside in the changed model, where it is of the
+            columns or rows of the patch.
     """
     rows: dict[str, dict[str, object]] = {}
     problems = []
