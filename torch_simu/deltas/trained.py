@@ -60,5 +60,7 @@ def trained_groups(
 
 def _layers(model: nn.Module, selection: NeuronSelection, *, units: bool) -> list[nn.Module]:
     """Return the layers whose columns or rows would train."""
-    made = sources_beside(model, selection).values() if units else ()
-    return [*select_layers(model, selection).values(), *(source.layer for each in made for source in each)]
+    layers = list(select_layers(model, selection).values())
+    for sources in sources_beside(model, selection).values() if units else ():
+        layers += [source.layer for source in sources]
+    return layers

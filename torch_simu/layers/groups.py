@@ -72,6 +72,9 @@ def _row_groups(
         if source.name in projections:
             raise _trained_twice(f"Layer {source.name!r} makes selected neurons")
         check_weight(source.name, source.layer)
+        if isinstance(getattr(source.layer, "delta", None), nn.Parameter):
+            advice = "Train it: torch_simu.deltas.trained_groups, or take it off."
+            raise ValueError(problem(f"Layer {source.name!r} has a delta", "none", advice))
         group = groups.setdefault(source.dim, {"params": [], "neurons": [], "neuron_dim": source.dim, "rows": True})
         for param in source.layer.parameters(recurse=False):
             _check_trainable(source.name, param, "Train deltas: torch_simu.deltas.trained_groups, or units=False.")

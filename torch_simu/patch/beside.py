@@ -48,10 +48,10 @@ def places_of(deltas: Mapping[str, Change]) -> tuple[NeuronSelection, NeuronSele
     """Return the neurons of the columns, and the outputs of the rows, of deltas by their layers."""
     columns, rows = (
         NeuronSelection(
-            {layer: change.neurons for layer, change in deltas.items() if change.kind == kind},
-            {layer: change.num_neurons for layer, change in deltas.items() if change.kind == kind},
+            {layer: change.neurons for layer, change in deltas.items() if change.of_rows == of_rows},
+            {layer: change.num_neurons for layer, change in deltas.items() if change.of_rows == of_rows},
         )
-        for kind in ("delta", "delta_rows")
+        for of_rows in (False, True)
     )
     return columns, rows
 
@@ -63,11 +63,11 @@ def check_selected(deltas: Mapping[str, Change], selection: NeuronSelection, *, 
         ValueError: If one is, or is of rows without `units`.
     """
     for name, change in deltas.items():
-        layer, rows = layer_of(name), change.kind == "delta_rows"
-        if rows and not units:
+        layer = layer_of(name)
+        if change.of_rows and not units:
             wrong = f"The delta of layer {layer!r} is of rows that make neurons"
             raise ValueError(problem(wrong, "columns of the selection alone", "Pass units=True (--units)."))
-        if rows:
+        if change.of_rows:
             expected = _rows_beside(layer, change.num_neurons, selection)
         else:
             expected = [selection[layer]] if layer in selection else []
@@ -102,7 +102,7 @@ def stored_fingerprint(tensors: Mapping[str, Tensor], layer: str) -> str | None:
 
 def is_same(one: Change, other: Change) -> bool:
     """Say whether two deltas are of the same values at the same places."""
-    return one.after == other.after and one.is_at(other.neurons, rows=other.kind == "delta_rows")
+    return one.after == other.after and one.is_at(other.neurons, rows=other.of_rows)
 
 
 def check_deltas(

@@ -75,6 +75,11 @@ class Change:
         """Whether it is a delta, of columns or of rows."""
         return self.kind in ("delta", "delta_rows")
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether its neurons are outputs: rows that make neurons, of weights or of a delta."""
+        return self.kind in ("rows", "delta_rows")
+
     @classmethod
     def of_delta(cls, delta: Tensor, indices: Tensor, *, of: int, rows: bool, beside: str) -> Change:
         """Return a delta as a change of the layer without it.
@@ -92,7 +97,7 @@ class Change:
 
     def is_at(self, indices: Tensor, *, rows: bool) -> bool:
         """Say whether this delta is of these columns, or rows: its hash is that of the values alone."""
-        return (self.kind == "delta_rows") == rows and torch.equal(self.neurons, indices.to(self.neurons.device))
+        return self.of_rows == rows and torch.equal(self.neurons, indices.to(self.neurons.device))
 
     def check(self, name: str, tensor: Tensor, *, applied: bool) -> None:
         """Raise where a tensor is not what the patch goes on, or comes off.
@@ -166,7 +171,7 @@ class Change:
             shape = (len(self.neurons), *kept)
         if tuple(self.value.shape) != shape:
             raise ValueError(f"its value is of shape {tuple(self.value.shape)}, not {shape}")
-        if self.is_delta and (len(shape) != 2 or shape[self.kind == "delta"] != len(self.neurons)):
+        if self.is_delta and (len(shape) != 2 or shape[0 if self.of_rows else 1] != len(self.neurons)):
             raise ValueError(f"its delta of {len(self.neurons)} neurons is of shape {shape}")
         if self.is_delta and not bool(self.value.isfinite().all()):
             raise ValueError("its delta is not finite")

@@ -195,7 +195,7 @@ def _copy(source: Path, out: Path) -> None:
 
 def _has_rows(deltas: Mapping[str, Change]) -> bool:
     # What makes neurons has deltas then, and stays as it is beneath them.
-    return any(change.kind == "delta_rows" for change in deltas.values())
+    return any(change.of_rows for change in deltas.values())
 
 
 def _beside_no(deltas: Mapping[str, Change], selection: NeuronSelection) -> NeuronSelection:

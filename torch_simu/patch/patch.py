@@ -159,7 +159,7 @@ class NeuronPatch:
     def __repr__(self) -> str:
         parts: dict[str, list[Change]] = {"neurons": [], "rows": []}
         for change in self.changes.values():
-            parts["rows" if change.kind in ("rows", "delta_rows") else "neurons"].append(change)
+            parts["rows" if change.of_rows else "neurons"].append(change)
         said = [
             f"{sum(len(each.neurons) for each in found)} of {sum(each.num_neurons for each in found)} {what}"
             for what, found in parts.items()

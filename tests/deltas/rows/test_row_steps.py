@@ -160,6 +160,20 @@ class TestRefusals:
                 use(net, {"down": [1]}, units=True)
         assert not attached_layers(net)
 
+    def test_groups_of_weights_beneath_deltas_of_rows(self) -> None:
+        shape = mlp("gated", [1], 0)
+        net = trained(shape, "float")
+        with pytest.raises(ValueError, match=r"Layer 'gate' has a delta, expected none. Train it: .*trained_groups"):
+            shape.selection.param_groups(net, units=True)
+
+    def test_deltas_of_rows_that_are_trained_as_columns(self) -> None:
+        net = trained(mlp("gated", [1], 0), "8bit")
+        groups = [{"params": [layer.delta for layer in attached_layers(net).values()]}]
+        optimizer = SIMUOptimizer(groups, curvature="neurons")
+        message = "selects outputs of layer 'gate'.* torch_simu.deltas.trained_groups, with units=True"
+        with pytest.raises(ValueError, match=message):
+            covariance_hooks(net, optimizer)
+
     def test_a_layer_for_columns_and_for_rows(self) -> None:
         net, sizes = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"0": 4, "1": 4}
         both = NeuronSelection({"0": [1]}, sizes), NeuronSelection({"0": [1]}, sizes)

@@ -14,6 +14,7 @@ from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.columns import neurons_first
 from torch_simu.hooks import NeuronHookError, NeuronHooks
 from torch_simu.layers import neuron_dim, output_dim
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
 from torch_simu.optimizer.groups import selects_rows
@@ -70,19 +71,33 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
         indices, delta = entry.columns.indices, _is_delta(param, layer)
-        # A delta has its outputs first, whatever the layout of the weight.
-        rows = dim % 2 != (1 if delta else cast("int", neuron_dim(layer)) % 2)
-        if selects_rows(group) != rows or (delta and layer.rows != rows):
-            wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
-            expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
-            groups = "torch_simu.deltas.trained_groups" if delta else "selection.param_groups"
-            advice = f'Take curvature="gnb" for that group, or groups of {groups}, with units=True.'
-            raise ValueError(problem(wrong, expected, advice))
+        check_side(group, param, name, layer)
+        if delta and layer.rows and is_dtensor(param):
+            advice = 'Take curvature="gnb", or processes that each hold the whole model (DDP).'
+            raise ValueError(problem(f"The delta of rows of layer {name!r} is sharded", "a whole one", advice))
         if indices is None:
             columns = cast("Tensor", layer.idx) if delta else torch.arange(shape[dim], device=local(param).device)
         else:
             columns = cast("Tensor", layer.idx).index_select(0, indices) if delta else indices
         yield Trained(entry, group, layer, name, columns)
+
+
+def check_side(group: Mapping[str, Any], param: Tensor, name: str, layer: nn.Module) -> None:
+    """Raise where a group selects the other side of a layer than it says.
+
+    Raises:
+        ValueError: If it selects outputs as neurons, or neurons as outputs.
+    """
+    delta = _is_delta(param, layer)
+    # A delta has its outputs first, whatever the layout of the weight.
+    rows = group["neuron_dim"] % 2 != (1 if delta else cast("int", neuron_dim(layer)) % 2)
+    if selects_rows(group) == rows and (not delta or layer.rows == rows):
+        return
+    wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
+    expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
+    groups = "torch_simu.deltas.trained_groups" if delta else "selection.param_groups"
+    advice = f'Take curvature="gnb" for that group, or groups of {groups}, with units=True.'
+    raise ValueError(problem(wrong, expected, advice))
 
 
 def covariances(
