@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch_simu.patch import apply_to_checkpoint, patch_between_checkpoints, rev
 
 LAYER = "model.layers.1.mlp.down_proj"
 pytestmark = pytest.mark.usefixtures("device")
-kinds = pytest.mark.parametrize(("name", "kind"), [("llama", "8bit"), ("phi3", "4bit")])
+kinds = pytest.mark.parametrize(("name", "kind"), [("llama", "8bit"), ("phi3", "4bit"), ("phi", "8bit")])
 
 
 def made(name: str, kind: str) -> tuple[torch.nn.Module, torch.nn.Module, NeuronSelection]:
@@ -26,14 +27,16 @@ def made(name: str, kind: str) -> tuple[torch.nn.Module, torch.nn.Module, Neuron
     base = quantized(tiny(name, hidden_size=64, intermediate_size=128), kind)
     model, selection = copy.deepcopy(base), NeuronSelection.random(base, 0.1, generator(0))
     with torch.no_grad():
-        for number, delta in enumerate(attach_deltas(model, selection, units=True).values()):
-            delta.normal_(generator=generator(number))
+        attach_deltas(model, selection, units=True)
+        for number, layer in enumerate(attached_layers(model).values()):
+            for delta in layer.deltas().values():
+                delta.normal_(generator=generator(number))
     return base, model, selection
 
 
-def places(model: torch.nn.Module) -> dict[str, tuple[bool, list[int], bytes]]:
+def places(model: torch.nn.Module) -> dict[str, tuple[bool, list[int], list[bytes]]]:
     return {
-        name: (layer.rows, layer.idx.tolist(), layer.delta.detach().numpy().tobytes())
+        name: (layer.rows, layer.idx.tolist(), [each.detach().numpy().tobytes() for each in layer.deltas().values()])
         for name, layer in attached_layers(model).items()
     }
 
@@ -47,12 +50,10 @@ def test_it_goes_on_and_comes_off_to_the_last_bit(name: str, kind: str, tmp_path
     patch.apply(one)
     assert places(one) == places(model) and torch.equal(one(ids).logits, model(ids).logits)
     audit = patch.verify(base, one)
-    sources = 1 if name == "phi3" else 2
-    assert audit.passed and {key: audit.counts[key] for key in ("delta", "delta_rows")} == {
-        "delta": 2,
-        "delta_rows": 2 * sources,
-    }
-    assert repr(patch).endswith(f"26 of 256 neurons, {26 * 2} of {256 * 2} rows)")
+    # Of each of two layers gate and up, one that holds both, or one with a bias.
+    of_rows = {"llama": 2, "phi3": 1, "phi": 2}[name]
+    assert audit.passed and (audit.counts["delta"], audit.counts["delta_rows"]) == (2, 2 * of_rows)
+    assert repr(patch).endswith("26 of 256 neurons, 52 of 512 rows)")
     patch.revert(one)
     assert not attached_layers(one) and torch.equal(one(ids).logits, before)
 
@@ -109,6 +110,21 @@ def test_the_same_values_at_other_places_are_no_applied_patch(rows: bool, tmp_pa
     assert verify_checkpoint(patch, tmp_path / "base", tmp_path / "model").problems == audit.problems
     with pytest.raises(ValueError, match="holds other deltas, expected those of the patch"):
         revert_checkpoint(patch, tmp_path / "model", tmp_path / "out")
+
+
+def test_a_patch_whose_bias_has_other_rows_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:
+    base, model, selection = made("phi", "8bit")
+    patch = NeuronPatch.between(base, model, selection, units=True)
+    name, message = "model.layers.1.mlp.fc1.delta_bias", "deltas of layer 'model.layers.1.mlp.fc1' and of its bias are"
+    change = patch.changes[name]
+    moved = NeuronPatch({**patch.changes, name: replace(change, neurons=(change.neurons + 1) % 128)})
+    base.save_pretrained(tmp_path / "base")
+    for use in (lambda: moved.apply(base), lambda: apply_to_checkpoint(moved, tmp_path / "base", tmp_path / "out")):
+        with pytest.raises(ValueError, match=message):
+            use()
+    with pytest.raises(ValueError, match="Layer 'model.layers.1.mlp.fc1' has a bias, expected as in the patch's base"):
+        NeuronPatch({key: each for key, each in patch.changes.items() if key != name}).apply(base)
+    assert not attached_layers(base) and not (tmp_path / "out").exists()
 
 
 def test_rows_are_not_taken_for_columns_of_the_same_values() -> None:

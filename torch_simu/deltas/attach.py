@@ -37,8 +37,8 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection, *, units: bool =
     Args:
         model: The model the selection was made on.
         selection: Which neurons of which layers.
-        units: Whether the rows that make these neurons get a delta, too: those of the gate and up projections, whose
-            biases stay as they are. A short run proves which they are.
+        units: Whether the rows that make these neurons get a delta, too: those of the gate and up projections, with
+            their entries of the biases (`layer.delta_bias`). A short run proves which they are.
 
     Returns:
         Layer -> its delta, to be trained. Shape of each: `(d_model, num_selected)`, or `(num_rows, d_model)` of a
@@ -133,7 +133,7 @@ def check_selection(selection: object) -> None:
 
 
 def attached_layers(model: nn.Module) -> dict[str, DeltaLayer]:
-    """Return the layers of a model that have a delta: name -> layer, with `.delta`, `.idx` and `.rows`."""
+    """Return the layers of a model that have a delta: name -> layer, with `.delta`, `.delta_bias`, `.idx`, `.rows`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
 
 
@@ -158,6 +158,7 @@ def merge_deltas(model: nn.Module) -> None:
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
             columns.write_(weight, (columns.gather(weight).to(wide) + layer.change.to(wide)).to(weight.dtype))
+        layer.fold_bias_()
         detach(layer)
     let_codes_go(model)
 

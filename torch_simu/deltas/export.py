@@ -34,7 +34,8 @@ def write_back(model: nn.Module) -> dict[str, WriteBack]:
     """Round the deltas of 8-bit layers into their codes, on the scales that are there, and take the deltas off.
 
     It is lossy: a change far below a step of the codes is rounded away. Scales and unselected codes stay as they are,
-    to the last bit; rows are never quantized anew, which would change most of them. Keep the deltas where that matters.
+    to the last bit; rows are never quantized anew, which would change most of them. The change of a bias is added to
+    it. Keep the deltas where that matters.
 
     Returns:
         Layer -> what became of its delta.
@@ -72,6 +73,7 @@ def _written(layer: DeltaLayer) -> WriteBack:
     wanted = torch.round(before.float() + layer.delta / step)
     after = wanted.clamp(-127, 127).to(torch.int8)
     columns.write_(codes, after)
+    layer.fold_bias_()
     change = (after.float() - before.float()) * step
     size = layer.delta.square().sum()
     realized = (change * layer.delta).sum() / size if size > 0 else torch.tensor(1.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
@@ -29,6 +31,7 @@ class DeltasOnFile(NamedTuple):
 
     Attributes:
         deltas: Layer -> delta.
+        biases: Layer -> that of its bias, where rows of a layer with one have a delta.
         selection: Layer -> neurons of its columns, or outputs of its rows, of how many.
         hashes: Layer -> sha256 of the weight or codes beside it.
         rows: The layers whose deltas are of rows.
@@ -38,6 +41,7 @@ class DeltasOnFile(NamedTuple):
     selection: NeuronSelection
     hashes: dict[str, str]
     rows: frozenset[str] = frozenset()
+    biases: Mapping[str, Tensor] = MappingProxyType({})
 
     def places(self) -> tuple[NeuronSelection, NeuronSelection]:
         """Return the neurons of the columns, and the outputs of the rows."""
@@ -67,13 +71,15 @@ def save_deltas(model: nn.Module, path: str | Path) -> None:
     deltas = {name: layer.delta.detach() for name, layer in layers.items()}
     hashes = {name: fingerprint(layer) for name, layer in layers.items()}
     rows = frozenset(name for name, layer in layers.items() if layer.rows)
-    write_deltas(path, DeltasOnFile(deltas, selection, hashes, rows))
+    biases = {name: layer.delta_bias.detach() for name, layer in layers.items() if layer.delta_bias is not None}
+    write_deltas(path, DeltasOnFile(deltas, selection, hashes, rows, biases))
 
 
 def write_deltas(path: str | Path, found: DeltasOnFile) -> None:
     """Write deltas that are on no model."""
     tensors = {f"{name}.delta": delta for name, delta in found.deltas.items()}
     tensors |= {f"{name}.idx": found.selection[name] for name in found.deltas}
+    tensors |= {f"{name}.delta_bias": delta for name, delta in found.biases.items()}
     header: dict[str, object] = {"num_neurons": dict(found.selection.num_neurons), "sha256": found.hashes}
     if found.rows:
         save_tensors(path, _KIND_WITH_ROWS, tensors, {**header, "rows": sorted(found.rows)})
@@ -95,16 +101,18 @@ def read_deltas(path: str | Path) -> DeltasOnFile:
         sizes, hashes = cast("dict[str, int]", header["num_neurons"]), cast("dict[str, str]", header["sha256"])
         selection = NeuronSelection({name: tensors[f"{name}.idx"] for name in sizes}, sizes)
         deltas = {name: tensors[f"{name}.delta"] for name in sizes}
-        if not sizes or sizes.keys() != hashes.keys() or len(tensors) != 2 * len(sizes) or not rows <= sizes.keys():
+        biases = {name: tensors[key] for name in rows if (key := f"{name}.delta_bias") in tensors}
+        count = 2 * len(sizes) + len(biases)
+        if not sizes or sizes.keys() != hashes.keys() or len(tensors) != count or not rows <= sizes.keys():
             raise ValueError(f"{len(sizes)} layers, {len(hashes)} hashes, {len(tensors)} tensors, {len(rows)} of rows")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         wrong = f"File {str(path)!r} holds no consistent deltas ({error})"
         raise ValueError(problem(wrong, "what save_deltas wrote", "The file is damaged.")) from None
-    for name, delta in deltas.items():
+    for name, delta in (*deltas.items(), *biases.items()):
         if not delta.is_floating_point() or not bool(delta.isfinite().all()):
             wrong = f"The delta of layer {name!r} in {str(path)!r} is {delta.dtype} and not finite everywhere"
             raise ValueError(problem(wrong, "finite floating-point numbers", "The file is damaged."))
-    return DeltasOnFile(deltas, selection, hashes, rows)
+    return DeltasOnFile(deltas, selection, hashes, rows, biases)
 
 
 def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
@@ -131,11 +139,20 @@ def load_deltas(model: nn.Module, path: str | Path) -> dict[str, nn.Parameter]:
             advice = "Load the base as it was loaded then: codes depend on the dtype they were made from."
             raise ValueError(problem(wrong, f"{expected[:12]}..., as it was under the delta", advice))
         shape = delta_shape(modules[name], len(selection[name]), rows=name in held.rows)
-        if deltas[name].shape != shape:
-            wrong = f"The delta of layer {name!r} in {str(path)!r} has shape {tuple(deltas[name].shape)}"
-            raise ValueError(problem(wrong, f"{shape}", "The file is damaged, or of another model."))
+        biased = name in held.rows and modules[name].bias is not None
+        shapes = [shape, shape[:1]] if biased else [shape]
+        found_shapes = [tuple(each[name].shape) for each in (deltas, held.biases) if name in each]
+        if found_shapes != shapes:
+            wrong = f"The delta of layer {name!r} in {str(path)!r} has shape {_said(found_shapes)}"
+            raise ValueError(problem(wrong, _said(shapes), "The file is damaged, or of another model."))
     attached = attach_places(model, *held.places())
     with torch.no_grad():
         for name, delta in attached.items():
             delta.copy_(deltas[name])
+        for name, bias in held.biases.items():
+            cast("nn.Parameter", modules[name].delta_bias).copy_(bias)
     return attached
+
+
+def _said(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes))

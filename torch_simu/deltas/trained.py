@@ -28,7 +28,7 @@ def trained_groups(
         model: The model the selection was made on.
         selection: The neurons that train.
         attention: Whether the attention projections train whole; they must not be quantized then.
-        units: Whether the rows that make the selected neurons train, too. Beside deltas their biases do not.
+        units: Whether the rows that make the selected neurons train, too, with their entries of the biases.
 
     Raises:
         ValueError: As `NeuronSelection.param_groups`, `attach_deltas` and `widen_deltas` do.
@@ -40,14 +40,16 @@ def trained_groups(
     attached = attached_layers(model)
     groups: list[dict[str, object]] = []
     for chosen, layout in ((selection, {}), (rows, {"neuron_dim": 0, "rows": True})):
+        params: list[nn.Parameter] = []
         places: list[list[int] | None] = []
-        for name in (names := [name for name in widened if name in chosen_layers(chosen)]):
-            idx = attached[name].idx
+        for name in (name for name in widened if name in chosen_layers(chosen)):
+            idx, deltas = attached[name].idx, attached[name].deltas().values()
             found = torch.searchsorted(idx, chosen[name].to(idx.device)).tolist()
+            params += deltas
             # What an earlier selection changed is held, unless it is selected again.
-            places.append(None if len(found) == len(idx) else found)
-        if names or not layout:
-            groups.append({"params": [widened[name] for name in names], "neurons": places, **layout})
+            places += [None if len(found) == len(idx) else found] * len(deltas)
+        if params or not layout:
+            groups.append({"params": params, "neurons": places, **layout})
     model.requires_grad_(False)
     if attention == "full":
         # Refused by the selection's own message if these are quantized, too.

@@ -93,6 +93,8 @@ def _widen(layer: DeltaLayer, indices: torch.Tensor) -> None:
     if len(union) == len(layer.idx):
         return
     places, dim = torch.searchsorted(union, layer.idx), 0 if layer.rows else 1
-    shape = [len(union) if each == dim else size for each, size in enumerate(layer.delta.shape)]
-    delta = layer.delta.new_zeros(shape).index_copy_(dim, places, layer.delta)
-    layer.delta, layer.idx = nn.Parameter(delta, requires_grad=layer.delta.requires_grad), union
+    for key, old in layer.deltas().items():
+        shape = [len(union) if each == dim else size for each, size in enumerate(old.shape)]
+        new = old.new_zeros(shape).index_copy_(dim, places, old)
+        setattr(layer, key, nn.Parameter(new, requires_grad=old.requires_grad))
+    layer.idx = union

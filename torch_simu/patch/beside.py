@@ -14,8 +14,6 @@ from torch_simu.deltas.files import DELTAS, DeltasOnFile, read_deltas, write_del
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.change import Change
 
-_SUFFIX = ".delta"
-
 
 def deltas_beside(folder: str | Path) -> dict[str, Change]:
     """Return the deltas in a folder as changes of a base without them; none where it has no file of them.
@@ -28,20 +26,21 @@ def deltas_beside(folder: str | Path) -> dict[str, Change]:
         return {}
     held = read_deltas(path)
     return {
-        f"{layer}{_SUFFIX}": Change.of_delta(
+        f"{layer}.{key}": Change.of_delta(
             delta,
             held.selection[layer],
             of=held.selection.num_neurons[layer],
             rows=layer in held.rows,
             beside=held.hashes[layer],
         )
-        for layer, delta in held.deltas.items()
+        for key, deltas in (("delta", held.deltas), ("delta_bias", held.biases))
+        for layer, delta in deltas.items()
     }
 
 
 def layer_of(name: str) -> str:
-    """Return the layer whose delta has a name."""
-    return name.removesuffix(_SUFFIX)
+    """Return the layer whose delta, or that of whose bias, has a name."""
+    return name.rpartition(".")[0]
 
 
 def places_of(deltas: Mapping[str, Change]) -> tuple[NeuronSelection, NeuronSelection]:
@@ -100,6 +99,19 @@ def stored_fingerprint(tensors: Mapping[str, Tensor], layer: str) -> str | None:
     return sha256_of_all(("", tensors[name]) for name in (weight, *scales, *states))
 
 
+def check_together(name: str, changes: Mapping[str, Change]) -> None:
+    """Raise where a delta of a bias is of other rows than that of its layer.
+
+    Raises:
+        ValueError: If it is.
+    """
+    layer, change = layer_of(name), changes[name]
+    other = changes.get(f"{layer}.delta")
+    if other is None or not other.is_at(change.neurons, rows=change.of_rows):
+        wrong = f"The deltas of layer {layer!r} and of its bias are of different rows"
+        raise ValueError(problem(wrong, "the same", "The patch is damaged."))
+
+
 def is_same(one: Change, other: Change) -> bool:
     """Say whether two deltas are of the same values at the same places."""
     return one.after == other.after and one.is_at(other.neurons, rows=other.of_rows)
@@ -115,6 +127,7 @@ def check_deltas(
     """
     for name, change in deltas.items():
         layer = layer_of(name)
+        check_together(name, deltas)
         found = stored_fingerprint(tensors, layer)
         if found != change.before:
             wrong = f"The weight of layer {layer!r} in {str(folder)!r} "
@@ -138,6 +151,9 @@ def put_deltas(deltas: Mapping[str, Change], folder: Path) -> None:
     """Write deltas into a folder."""
     layers = {layer_of(name): change for name, change in deltas.items()}
     columns, rows = places_of(layers)
-    values = {layer: change.value for layer, change in layers.items()}
+    values, biases = (
+        {layer_of(name): change.value for name, change in deltas.items() if name.endswith(f".{key}")}
+        for key in ("delta", "delta_bias")
+    )
     hashes = {layer: change.before for layer, change in layers.items()}
-    write_deltas(folder / DELTAS, DeltasOnFile(values, columns | rows, hashes, frozenset(rows)))
+    write_deltas(folder / DELTAS, DeltasOnFile(values, columns | rows, hashes, frozenset(rows), biases))

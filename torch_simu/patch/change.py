@@ -171,7 +171,9 @@ class Change:
             shape = (len(self.neurons), *kept)
         if tuple(self.value.shape) != shape:
             raise ValueError(f"its value is of shape {tuple(self.value.shape)}, not {shape}")
-        if self.is_delta and (len(shape) != 2 or shape[0 if self.of_rows else 1] != len(self.neurons)):
+        # That of a bias, which has rows only, is of one dimension.
+        num_dims = (1, 2) if self.of_rows else (2,)
+        if self.is_delta and (len(shape) not in num_dims or shape[0 if self.of_rows else 1] != len(self.neurons)):
             raise ValueError(f"its delta of {len(self.neurons)} neurons is of shape {shape}")
         if self.is_delta and not bool(self.value.isfinite().all()):
             raise ValueError("its delta is not finite")

@@ -20,7 +20,7 @@ from torch_simu.deltas.layer import DeltaLayer, detach
 from torch_simu.layers import d_model, num_neurons
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
-from torch_simu.patch.beside import check_selected, layer_of, places_of
+from torch_simu.patch.beside import check_selected, check_together, layer_of, places_of
 from torch_simu.patch.change import Change, changes_between
 from torch_simu.patch.model import may_differ_whole, neurons_of, tensors_of
 
@@ -81,12 +81,14 @@ class NeuronPatch:
         changes = changes_between(
             tensors_of(base), tensors_of(model), neurons_of(base, selection, units=units), may_differ_whole(base)
         )
-        deltas = {f"{name}.delta": _delta_change(layer) for name, layer in attached_layers(model).items()}
+        deltas: dict[str, Change] = {}
+        for name, layer in attached_layers(model).items():
+            deltas |= _delta_changes(name, layer)
         check_selected(deltas, selection, units=units)
         plain = dict(base.named_modules())
         for name, change in deltas.items():
-            if (layer := layer_of(name)) not in plain or fingerprint(plain[layer]) != change.before:
-                raise ValueError(problem(f"The codes of layer {layer!r} differ", "those of the base"))
+            if (other := layer_of(name)) not in plain or fingerprint(plain[other]) != change.before:
+                raise ValueError(problem(f"The codes of layer {other!r} differ", "those of the base"))
         changes |= deltas
         if not changes:
             raise ValueError(problem("No bit differs between base and model", "a change", "Is it the same model?"))
@@ -114,13 +116,13 @@ class NeuronPatch:
     def verify(self, base: nn.Module, model: nn.Module) -> Audit:
         """Compare every tensor of two models by hash, and say whether the patch and nothing else lies between them."""
         found = dict(tensors_of(model))
-        attached = attached_layers(model)
-        found |= {f"{name}.delta": layer.delta.detach() for name, layer in attached.items()}
-        codes = {
-            key: fingerprint(layer)
-            for key, layer in ((f"{name}.delta", layer) for name, layer in attached.items())
-            if key in self.changes and self.changes[key].is_at(layer.idx, rows=layer.rows)
-        }
+        codes = {}
+        for name, layer in attached_layers(model).items():
+            for key, delta in layer.deltas().items():
+                found[f"{name}.{key}"] = delta.detach()
+                change = self.changes.get(f"{name}.{key}")
+                if change is not None and change.is_at(layer.idx, rows=layer.rows):
+                    codes[f"{name}.{key}"] = fingerprint(layer)
         return audit(self.changes, tensors_of(base), found, codes=codes)
 
     def save(self, path: str | Path) -> None:
@@ -172,7 +174,7 @@ class NeuronPatch:
         tensors, modules = tensors_of(model), dict(model.named_modules())
         for name, change in self.changes.items():
             if change.is_delta:
-                _check_delta(name, change, modules, applied=applied)
+                _check_delta(name, self.changes, modules, applied=applied)
                 continue
             if name not in tensors:
                 raise KeyError(problem(f"Tensor {name!r} is not in the model", "the model that the patch was made for"))
@@ -185,30 +187,45 @@ class NeuronPatch:
             for name in deltas:
                 detach(modules[name])
         elif deltas:
-            for name, delta in attach_places(model, *places_of(deltas)).items():
-                with torch.no_grad():
-                    delta.copy_(deltas[name].value)
+            attach_places(model, *places_of(deltas))
+            for name, change in self.changes.items():
+                if change.is_delta:
+                    layer, _, key = name.rpartition(".")
+                    with torch.no_grad():
+                        cast("DeltaLayer", modules[layer]).deltas()[key].copy_(change.value)
         for name, change in self.changes.items():
             if not change.is_delta:
                 change.flip(tensors[name])
 
 
-def _delta_change(layer: DeltaLayer) -> Change:
+def _delta_changes(name: str, layer: DeltaLayer) -> dict[str, Change]:
     size = d_model(layer) if layer.rows else num_neurons(layer)
     beside = fingerprint(layer)
-    return Change.of_delta(layer.delta.detach().cpu(), layer.idx.cpu(), of=size, rows=layer.rows, beside=beside)
+    return {
+        # Of each its own indices, because files refuse tensors that share memory.
+        f"{name}.{key}": Change.of_delta(
+            delta.detach().cpu(), layer.idx.cpu().clone(), of=size, rows=layer.rows, beside=beside
+        )
+        for key, delta in layer.deltas().items()
+    }
 
 
-def _check_delta(name: str, change: Change, modules: Mapping[str, nn.Module], *, applied: bool) -> None:
-    layer = layer_of(name)
+def _check_delta(name: str, changes: Mapping[str, Change], modules: Mapping[str, nn.Module], *, applied: bool) -> None:
+    layer, _, key = name.rpartition(".")
+    change = changes[name]
     if layer not in modules:
         raise KeyError(problem(f"Layer {layer!r} is not in the model", "the model that the patch was made for"))
     module = modules[layer]
     if isinstance(module, DeltaLayer) != applied:
         state = ("not applied", "an applied patch") if applied else ("applied already", "the base")
         raise ValueError(problem(f"The patch is {state[0]} to layer {layer!r}", state[1]))
+    check_together(name, changes)
+    biased = change.of_rows and module.bias is not None
+    if (f"{layer}.delta_bias" in changes) != biased:
+        wrong = f"Layer {layer!r} has {'a' if biased else 'no'} bias"
+        raise ValueError(problem(wrong, "as in the patch's base", "The patch was made for another base."))
     if isinstance(module, DeltaLayer):
-        change.check(name, module.delta, applied=True)
+        change.check(name, module.deltas()[key], applied=True)
         if not change.is_at(module.idx, rows=module.rows):
             wrong = f"The delta of layer {layer!r} is of other neurons"
             raise ValueError(problem(wrong, "those of the patch", "The patch is not applied."))

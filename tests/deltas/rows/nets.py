@@ -40,15 +40,23 @@ def rows_of(shape: Mlp) -> dict[str, list[int]]:
 def trained(shape: Mlp, kind: str) -> nn.Module:
     """A network whose deltas of columns and rows are not zero."""
     net = net_of(shape, kind)
-    for number, delta in enumerate(attach_deltas(net, shape.selection, units=True).values()):
+    attach_deltas(net, shape.selection, units=True)
+    for number, delta in enumerate(deltas_of(net).values()):
         delta.data.copy_(normal(shape.seed + number, *delta.shape))
     return net
 
 
-def held(net: nn.Module) -> dict[tuple[str, int], bytes]:
-    """(Layer, neuron or row) -> bits of its delta."""
+def deltas_of(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Name of a delta, or that of a bias, in the network -> it."""
     return {
-        (name, index): bits(layer.delta[place] if layer.rows else layer.delta[:, place])
+        f"{name}.{key}": delta for name, layer in attached_layers(net).items() for key, delta in layer.deltas().items()
+    }
+
+
+def held(net: nn.Module) -> dict[tuple[str, int], list[bytes]]:
+    """(Layer, neuron or row) -> bits of its deltas."""
+    return {
+        (name, index): [bits(each[place] if layer.rows else each[:, place]) for each in layer.deltas().values()]
         for name, layer in attached_layers(net).items()
         for place, index in enumerate(layer.idx.tolist())
     }

@@ -71,6 +71,10 @@ def test_a_reader_that_knows_columns_only_refuses_rows_and_columns_are_written_a
         lambda tensors, header: tensors.update({"up.idx": torch.tensor([3, 32])}),
         lambda tensors, header: tensors.update({"up.delta": torch.zeros(64, 2)}),
         lambda tensors, header: tensors["gate.delta"].fill_(float("nan")),
+        lambda tensors, header: tensors["gate.delta_bias"].fill_(float("inf")),
+        lambda tensors, header: tensors.pop("gate.delta_bias"),
+        lambda tensors, header: tensors.update({"gate.delta_bias": torch.zeros(3)}),
+        lambda tensors, header: tensors.update({"down.delta_bias": torch.zeros(2)}),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_before_anything_is_attached(tmp_path: Path, change) -> None:
@@ -86,19 +90,22 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_attached(tmp_pat
 @given(st.sampled_from(["linear", "conv1d"]), outputs, st.sampled_from([torch.float32, torch.bfloat16]), seeds)
 def test_merging_changes_the_rows_and_nothing_else(kind: str, rows: set[int], dtype: torch.dtype, seed: int) -> None:
     before = as_model(kind, seed, dtype)[0].weight.detach()
-    model, _ = with_rows(kind, rows, seed, dtype)
-    value = model[0].delta.detach().clone()
+    model, _, bias = with_rows(kind, rows, seed, dtype)
+    value, old_bias = model[0].delta.detach().clone(), model[0].bias.detach().clone()
     merge_deltas(model)
     after, old = (each if kind == "linear" else each.T for each in (model[0].weight.detach(), before))
     kept = [row for row in range(WIDTH) if row not in rows]
     assert torch.equal(after[kept], old[kept])
     assert torch.equal(after[sorted(rows)], (old[sorted(rows)].float() + value).to(dtype))
+    torch.testing.assert_close(model[0].bias.detach(), old_bias + bias)
+    assert torch.equal(model[0].bias[kept], old_bias[kept])
 
 
 @given(outputs, seeds, st.sampled_from([1e-2, 1.0, 100.0]))
 def test_writing_back_changes_codes_of_the_rows_only_to_the_nearest(rows: set[int], seed: int, size: float) -> None:
     codes, scales = (each.clone() for each in eight_bit_codes(as_model("8bit", seed, torch.float32)[0]))
-    model, _ = with_rows("8bit", rows, seed)
+    model, _, bias = with_rows("8bit", rows, seed)
+    old_bias = model[0].bias.detach().clone()
     chosen = sorted(rows)
     with torch.no_grad():
         model[0].delta.mul_(size)
@@ -111,11 +118,12 @@ def test_writing_back_changes_codes_of_the_rows_only_to_the_nearest(rows: set[in
     assert torch.equal(after[kept], codes[kept]) and torch.equal(same_scales, scales)
     nearest = (wanted / step).clamp(-127, 127)
     assert ((after.float() - nearest).abs()[chosen] <= 0.5 + 1e-3).all()
+    torch.testing.assert_close(model[0].bias.detach(), old_bias + bias)
     assert report.changed == pytest.approx((after[chosen] != codes[chosen]).float().mean().item())
 
 
 def test_rows_of_a_layer_of_another_size_are_refused(tmp_path: Path) -> None:
-    model, _ = with_rows("linear", {1}, 0)
+    model, *_ = with_rows("linear", {1}, 0)
     save_deltas(model, tmp_path / "deltas")
     forged(tmp_path / "deltas", "DeltasWithRows", lambda tensors, header: header["num_neurons"].update({"0": 99}))
     with pytest.raises(ValueError, match=f"Layer '0' has {WIDTH} outputs, the rows of its delta are of 99"):

@@ -15,6 +15,7 @@ from tests.deltas.rows.nets import (
     NUM_NEURONS,
     chosen_neurons,
     coded,
+    deltas_of,
     held,
     layouts,
     mlp,
@@ -56,7 +57,7 @@ def steps(net: nn.Module, groups: list[dict[str, object]], curvature: str) -> No
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 @pytest.mark.parametrize("curvature", ["gnb", "neurons", "both"])
 def test_a_step_is_that_of_the_rows_and_columns_of_the_decoded_model(layout: str, kind: str, curvature: str) -> None:
-    shape = mlp(layout, [1, 4, 30], 0, bias=False)
+    shape = mlp(layout, [1, 4, 30], 0)
     # In train mode 8 bits are computed with the decoded weight on a processor.
     net = net_of(shape, kind).train()
     dense = copy.deepcopy(net)
@@ -64,10 +65,14 @@ def test_a_step_is_that_of_the_rows_and_columns_of_the_decoded_model(layout: str
     before = {name: param.detach().clone() for name, param in dense.named_parameters()}
     steps(dense, shape.selection.param_groups(dense, units=True), curvature)
     steps(net, trained_groups(net, shape.selection, "frozen", units=True), curvature)
+    changes = {name: param.detach() - before[name] for name, param in dense.named_parameters()}
     for name, layer in attached_layers(net).items():
-        change = layer.columns.gather(dense.get_submodule(name).weight.detach() - before[f"{name}.weight"])
-        assert change.norm() > 1e-3 * layer.columns.gather(before[f"{name}.weight"]).norm()
-        torch.testing.assert_close(layer.change, change, rtol=2e-2, atol=2e-3 * change.abs().max().item())
+        pairs = [(layer.change, layer.columns.gather(changes[f"{name}.weight"]))]
+        if layer.rows:
+            pairs.append((layer.delta_bias.detach(), changes[f"{name}.bias"][layer.idx]))
+        for found, change in pairs:
+            assert change.abs().max() > 1e-3
+            torch.testing.assert_close(found, change, rtol=2e-2, atol=2e-3 * change.abs().max().item())
 
 
 @given(layouts, st.sampled_from(["float", "8bit", "4bit"]), chosen_neurons, seeds)
@@ -75,21 +80,18 @@ def test_decoded_weights_have_the_change_in_columns_and_rows_and_nowhere_else(
     layout: str, kind: str, chosen: set[int], seed: int
 ) -> None:
     shape = mlp(layout, chosen, seed)
-    net = net_of(shape, kind)
-    base = copy.deepcopy(net)
+    base = net_of(shape, kind)
     decode_model(base)
-    for number, delta in enumerate(attach_deltas(net, shape.selection, units=True).values()):
-        delta.data.copy_(normal(seed + number, *delta.shape))
-    layers = {name: (layer.delta.detach(), layer.rows) for name, layer in attached_layers(net).items()}
+    net = trained(shape, kind)
+    deltas = {name: delta.detach() for name, delta in deltas_of(net).items()}
     decode_model(net)
     assert not attached_layers(net)
-    for name, (delta, rows) in layers.items():
-        wanted = base.get_submodule(name).weight.detach().clone()
-        if rows:
-            wanted[rows_of(shape)[name]] += delta
-        else:
-            wanted[:, list(shape.neurons)] += delta
-        assert torch.equal(net.get_submodule(name).weight, wanted)
+    wanted = {name: param.detach().clone() for name, param in base.named_parameters()}
+    wanted["down.weight"][:, list(shape.neurons)] += deltas["down.delta"]
+    for name, rows in rows_of(shape).items():
+        wanted[f"{name}.weight"][rows] += deltas[f"{name}.delta"]
+        wanted[f"{name}.bias"][rows] += deltas[f"{name}.delta_bias"]
+    assert all(torch.equal(param, wanted[name]) for name, param in net.named_parameters())
 
 
 @given(layouts, coded, chosen_neurons, chosen_neurons, seeds)
@@ -121,7 +123,7 @@ def test_columns_alone_may_be_asked_for_after_units_and_the_other_way_round() ->
     net = net_of(shape, "4bit")
     attach_deltas(net, shape.selection)
     columns, rows = trained_groups(net, mlp("gated", [3], 0).selection, "frozen", units=True)
-    assert (columns["neurons"], rows["neurons"]) == ([[1]], [None, None])
+    assert (columns["neurons"], rows["neurons"]) == ([[1]], [None] * 4)
     assert rows["rows"] and rows["neuron_dim"] == 0
 
 
@@ -132,8 +134,8 @@ def test_a_float_down_projection_goes_with_codes_that_make_its_neurons() -> None
     decoded.weight.data.copy_(decoded_weight(net.down))
     net.down = copy.deepcopy(decoded)
     groups = trained_groups(net, shape.selection, "frozen", units=True)
-    assert [len(group["params"]) for group in groups] == [1, 2]
-    assert all(each is layer.delta for each, layer in zip(groups[1]["params"], (net.gate, net.up), strict=True))
+    wanted = [net.gate.delta, net.gate.delta_bias, net.up.delta, net.up.delta_bias]
+    assert [id(param) for group in groups for param in group["params"]] == list(map(id, [net.down.delta, *wanted]))
     net = net_of(shape, "8bit")
     net.down = decoded
     with pytest.raises(ValueError, match=r"layer 'gate' holds torch.int8 codes, .* torch_simu.deltas.trained_groups"):

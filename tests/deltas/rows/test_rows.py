@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.deltas.rows.nets import D_MODEL, chosen_neurons, coded, layouts, mlp, net_of, outputs, rows_of
+from tests.deltas.rows.nets import D_MODEL, chosen_neurons, coded, deltas_of, layouts, mlp, net_of, outputs, rows_of
 from tests.deltas.test_deltas import KINDS, SIZE, WIDTH, as_model, frozen_bits, run
 from tests.optimizer.units.mlps import Mlp
 from tests.strategies import normal, seeds
@@ -24,21 +24,24 @@ from torch_simu.deltas.layer import DeltaLayer
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def with_rows(kind: str, rows: set[int], seed: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """A layer whose delta of rows is not zero, and that delta as a matrix of the layer's size."""
+def with_rows(
+    kind: str, rows: set[int], seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A layer whose delta of rows is not zero, and its change as a weight and a bias of the layer's size."""
     model = as_model(kind, seed, dtype)
-    delta = attach_places(model, NOTHING, NeuronSelection({"0": rows}, {"0": WIDTH}))["0"]
-    with torch.no_grad():
-        delta.copy_(normal(seed + 2, *delta.shape))
-    dense = torch.zeros(WIDTH, SIZE, dtype=dtype)
-    dense[sorted(rows)] = delta.detach().to(dtype)
-    return model, dense
+    attach_places(model, NOTHING, NeuronSelection({"0": rows}, {"0": WIDTH}))
+    weight, bias = torch.zeros(WIDTH, SIZE, dtype=dtype), torch.zeros(WIDTH, dtype=dtype)
+    for dense, delta in zip((weight, bias), model[0].deltas().values(), strict=False):
+        delta.data.copy_(normal(seed + delta.dim(), *delta.shape))
+        dense[sorted(rows)] = delta.detach().to(dtype)
+    assert (model[0].delta_bias is None) == (model[0].bias is None)
+    return model, weight, bias
 
 
 def assert_output_is_that_of_changed_rows(kind: str, rows: set[int], seed: int) -> None:
     """Off the rows to the last bit; on them in float64 where the layer has weights."""
     dtype = torch.float64 if kind in ("linear", "conv1d") else torch.float32
-    model, dense = with_rows(kind, rows, seed, dtype)
+    model, weight, bias = with_rows(kind, rows, seed, dtype)
     x = normal(seed + 3, 2, 5, SIZE, dtype=dtype)
     found = model(x)
     detach_deltas(model)
@@ -46,7 +49,7 @@ def assert_output_is_that_of_changed_rows(kind: str, rows: set[int], seed: int) 
     kept = [output for output in range(WIDTH) if output not in rows]
     assert torch.equal(found[..., kept], base[..., kept])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found, base + x @ dense.T, rtol=tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(found, base + x @ weight.T + bias, rtol=tolerance, atol=10 * tolerance)
 
 
 @given(st.sampled_from(list(KINDS)), outputs, seeds)
@@ -71,21 +74,21 @@ def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch, mutant: Any) ->
 
 @given(st.sampled_from(list(KINDS)), outputs, seeds)
 def test_the_gradient_is_that_of_the_dense_rows(kind: str, rows: set[int], seed: int) -> None:
-    model, dense = with_rows(kind, rows, seed)
+    model, weight, _ = with_rows(kind, rows, seed)
     x = normal(seed + 3, 2, 5, SIZE)
-    plain = copy.deepcopy(model)
+    plain, found = copy.deepcopy(model), x.clone().requires_grad_()
     detach_deltas(plain)
-    # Of the input, too: that of the base, and of the rows beside it.
-    base, found = run(plain, x), x.clone().requires_grad_()
     y = model(found)
     along = normal(seed + 4, *y.shape)
     y.backward(along)
     wanted = torch.einsum("bto,bti->oi", along, x)[sorted(rows)]
     torch.testing.assert_close(model[0].delta.grad, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+    if model[0].delta_bias is not None:
+        torch.testing.assert_close(model[0].delta_bias.grad, along.sum((0, 1))[sorted(rows)], rtol=1e-5, atol=1e-5)
+    # Of the input, too: that of the base, and of the rows beside it.
     through = x.clone().requires_grad_()
     plain(through).backward(along)
-    torch.testing.assert_close(found.grad, through.grad + along @ dense, rtol=1e-4, atol=1e-3)
-    assert base[0].shape == y.shape
+    torch.testing.assert_close(found.grad, through.grad + along @ weight, rtol=1e-4, atol=1e-3)
 
 
 def assert_codes_outlive_units(shape: Mlp, kind: str, train: bool, seed: int) -> None:
@@ -100,17 +103,16 @@ def assert_codes_outlive_units(shape: Mlp, kind: str, train: bool, seed: int) ->
     deltas = attach_deltas(net, shape.selection, units=True)
     assert {name: layer.idx.tolist() for name, layer in attached_layers(net).items() if layer.rows} == rows_of(shape)
     assert set(deltas) == set(layers)
-    assert set(net.state_dict()) == keys | {f"{name}.{key}" for name in layers for key in ("delta", "idx")}
+    made = {f"{name}.delta_bias" for name in rows_of(shape) if shape.bias} | {f"{name}.delta" for name in layers}
+    assert set(net.state_dict()) == keys | made | {f"{name}.idx" for name in layers}
     assert all(torch.equal(*pair) for pair in zip(run(net, x), expected, strict=True))
     optimizer = SIMUOptimizer(trained_groups(net, shape.selection, "frozen", units=True), lr=0.1, weight_decay=0.1)
-    assert {name for name, param in net.named_parameters() if param.requires_grad} == {
-        f"{name}.delta" for name in layers
-    }
+    assert {name for name, param in net.named_parameters() if param.requires_grad} == made
     for _ in range(2):
         optimizer.zero_grad()
         net(x).square().sum().backward()
         optimizer.step()
-    assert all(delta.dtype == torch.float32 and delta.any() for delta in deltas.values())
+    assert all(delta.dtype == torch.float32 and delta.any() for delta in deltas_of(net).values())
     detach_deltas(net)
     assert {name: frozen_bits(layer) for name, layer in layers.items()} == before
     assert list(map(type, layers.values())) == plain and set(net.state_dict()) == keys

@@ -70,7 +70,7 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             wrong = f"No hook sees the layer of a parameter that trains, of shape {shape}"
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
-        indices, delta = entry.columns.indices, _is_delta(param, layer)
+        indices, delta = entry.columns.indices, is_delta(param, layer)
         check_side(group, param, name, layer)
         if delta and layer.rows and is_dtensor(param):
             advice = 'Take curvature="gnb", or processes that each hold the whole model (DDP).'
@@ -88,7 +88,7 @@ def check_side(group: Mapping[str, Any], param: Tensor, name: str, layer: nn.Mod
     Raises:
         ValueError: If it selects outputs as neurons, or neurons as outputs.
     """
-    delta = _is_delta(param, layer)
+    delta = is_delta(param, layer)
     # A delta has its outputs first, whatever the layout of the weight.
     rows = group["neuron_dim"] % 2 != (1 if delta else cast("int", neuron_dim(layer)) % 2)
     if selects_rows(group) == rows and (not delta or layer.rows == rows):
@@ -175,20 +175,31 @@ def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, fi
     state["weight_norm"] = weight_norm(trained.entry, trained)
 
 
-def weight_norm(entry: Entry, trained: Trained | None = None) -> Tensor:
-    """Return the norm of the selected weights, over all processes; of a delta, with the weights beside it."""
+def weight_norm(entry: Entry, trained: Trained | None = None, layers: Iterable[nn.Module] = ()) -> Tensor:
+    """Return the norm of the selected weights, over all processes; of a delta, with the weights beside it.
+
+    Args:
+        entry: The entries that train.
+        trained: The same with their layer; None: they are of a bias.
+        layers: Those that may have a delta of that bias.
+    """
     values = entry.gather()
-    if trained is not None and _is_delta(entry.param, trained.layer):
+    if trained is not None and is_delta(entry.param, trained.layer):
         layer = trained.layer
         weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
         dim = output_dim(layer) if layer.rows else neuron_dim(layer)
         kept = neurons_first(weight, dim).index_select(0, trained.neurons.to(weight.device))
         values = (kept if layer.rows else kept.T) + values
+    for layer in layers if trained is None else ():
+        if entry.param is getattr(layer, "delta_bias", None):
+            places, indices = cast("Tensor", layer.idx), entry.columns.indices
+            places = places if indices is None else places.index_select(0, indices)
+            values = cast("Tensor", layer.bias).detach().index_select(0, places) + values
     square = values.to(entry.grad.dtype).square().sum()
     return summed_over_shards([square], [entry.param])[0].sqrt()
 
 
-def _is_delta(param: Tensor, layer: nn.Module) -> bool:
+def is_delta(param: Tensor, layer: nn.Module) -> bool:
     """Say whether a parameter is the change of some columns or rows, kept beside the weight."""
     return param is getattr(layer, "delta", None)
 
@@ -204,7 +215,7 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
 def _places(trained: Trained, hooks: NeuronHooks, *, outputs: bool) -> Tensor:
     """Return where the neurons that train are among those that a hook saw."""
     seen, count = hooks.neurons(trained.name, outputs=outputs), len(trained.neurons)
-    if seen is not None and trained.entry.columns.indices is None and not _is_delta(trained.entry.param, trained.layer):
+    if seen is not None and trained.entry.columns.indices is None and not is_delta(trained.entry.param, trained.layer):
         # All train: whether all were seen tells their number, for which no device is read.
         places = trained.neurons if len(seen) == count else None
     else:

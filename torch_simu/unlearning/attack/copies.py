@@ -72,7 +72,9 @@ class ModelCopy:
         """
         for layer in attached_layers(self.model).values():
             layer.columns.add_(layer.weight, layer.change.to(layer.weight.dtype))
-            layer.delta.zero_()
+            layer.fold_bias_()
+            for delta in layer.deltas().values():
+                delta.zero_()
         # A Conv1D holds its output channels in columns.
         turned = {
             id(layer.weight) for layer in self.model.modules() if is_neuron_layer(layer) and not neuron_dim(layer)
