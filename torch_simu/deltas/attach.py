@@ -86,6 +86,8 @@ def attach_places(model: nn.Module, selection: NeuronSelection, rows: NeuronSele
         _check(model, name, layer)
         if name in made:
             check_num_outputs(name, layer, rows.num_neurons[name])
+            if layer.bias is not None:
+                check_unshared(model, name, cast("nn.Parameter", layer.bias))
         else:
             check_num_neurons(name, layer, selection.num_neurons[name])
     if layers and not attached_layers(model):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tests.deltas.rows.nets import (
     D_MODEL,
@@ -57,6 +59,11 @@ def steps(net: nn.Module, groups: list[dict[str, object]], curvature: str) -> No
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 @pytest.mark.parametrize("curvature", ["gnb", "neurons", "both"])
 def test_a_step_is_that_of_the_rows_and_columns_of_the_decoded_model(layout: str, kind: str, curvature: str) -> None:
+    assert_steps_are_those_of_the_decoded_model(layout, kind, curvature)
+
+
+def assert_steps_are_those_of_the_decoded_model(layout: str, kind: str, curvature: str) -> None:
+    """Law 3, of weights and biases."""
     shape = mlp(layout, [1, 4, 30], 0)
     # In train mode 8 bits are computed with the decoded weight on a processor.
     net = net_of(shape, kind).train()
@@ -73,6 +80,24 @@ def test_a_step_is_that_of_the_rows_and_columns_of_the_decoded_model(layout: str
         for found, change in pairs:
             assert change.abs().max() > 1e-3
             torch.testing.assert_close(found, change, rtol=2e-2, atol=2e-3 * change.abs().max().item())
+
+
+def _of_the_delta_alone(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda entry, trained=None, layers=(): original(entry)
+
+
+def _without_the_bias(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda entry, trained=None, layers=(): original(entry, trained)
+
+
+@pytest.mark.parametrize(("mutant", "module"), [(_of_the_delta_alone, "factors"), (_without_the_bias, "updates")])
+def test_a_step_by_another_length_is_seen(
+    mutant: Callable[..., Callable[..., Tensor]], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = importlib.import_module(f"torch_simu.optimizer.curvature.{module}")
+    monkeypatch.setattr(target, "weight_norm", mutant(target.weight_norm))
+    with pytest.raises(AssertionError):
+        assert_steps_are_those_of_the_decoded_model("gated", "8bit", "both")
 
 
 @given(layouts, st.sampled_from(["float", "8bit", "4bit"]), chosen_neurons, seeds)
@@ -143,6 +168,13 @@ def test_a_float_down_projection_goes_with_codes_that_make_its_neurons() -> None
 
 
 class TestRefusals:
+    def test_a_bias_that_two_layers_share(self) -> None:
+        net = net_of(mlp("gated", [1], 0), "8bit")
+        net.up.bias = net.gate.bias
+        with pytest.raises(ValueError, match="Layers 'gate' and 'up' share one weight, expected a weight per layer"):
+            attach_deltas(net, mlp("gated", [1], 0).selection, units=True)
+        assert not attached_layers(net)
+
     def test_neurons_that_something_else_makes_and_nothing_is_attached(self) -> None:
         net = net_of(mlp("gated", [1], 0), "8bit")
         net.forward = lambda x: MlpNet.forward(net, x) + net.down(torch.sigmoid(x[..., :NUM_NEURONS]))
