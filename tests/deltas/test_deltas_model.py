@@ -14,6 +14,7 @@ from tests.quantized import quantized
 from tests.strategies import normal
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, detach_deltas
 from torch_simu.deltas import load_deltas, save_deltas
+from torch_simu.deltas.attach import NOTHING, attach_places
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -69,10 +70,11 @@ def test_no_activation_is_held_for_the_backward_pass() -> None:
 # Dynamo makes an instance of the class to trace its static methods.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "8bit"])
-def test_a_model_with_deltas_compiles(kind: str, train: bool) -> None:
+@pytest.mark.parametrize(("kind", "rows"), [("linear", False), ("8bit", False), ("8bit", True)])
+def test_a_model_with_deltas_compiles(kind: str, rows: bool, train: bool) -> None:
     model = as_model(kind, 0, torch.float32).train(train)
-    delta = attach_deltas(model, NeuronSelection({"0": [1, 5]}, {"0": SIZE}))["0"]
+    of_columns, of_rows = (NeuronSelection({"0": [1, 5]}, {"0": size}) for size in (SIZE, WIDTH))
+    delta = attach_places(model, *((NOTHING, of_rows) if rows else (of_columns, NOTHING)))["0"]
     with torch.no_grad():
         delta.copy_(normal(1, *delta.shape))
     x = normal(2, 4, SIZE)

@@ -68,13 +68,14 @@ def test_the_law_tells_a_request_that_trains_the_whole_union(monkeypatch: pytest
 
     whole = lambda model, _: {name: layer.delta for name, layer in attached_layers(model).items()}  # noqa: E731
 
-    def trains_all(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.Parameter]:
+    def trains_all(model: nn.Module, selection: NeuronSelection, rows: NeuronSelection) -> dict[str, nn.Parameter]:
+        assert not rows
         widen_deltas(model, selection)
         layer = attached_layers(model)["0"]
         selection._indices["0"] = tuple(layer.idx.tolist())
         return whole(model, selection)
 
-    monkeypatch.setattr(module, "widen_deltas", trains_all)
+    monkeypatch.setattr(module, "widen_places", trains_all)
     with pytest.raises(AssertionError):
         assert_the_first_request_outlives_the_second("8bit", {1, 5}, {3}, 0)
 

@@ -201,5 +201,7 @@ class TestParamGroups:
         selection = NeuronSelection({"2": [1]}, {"2": 6})
         model[0].weight = nn.Parameter(torch.ones(6, 3, dtype=torch.int8), requires_grad=False)
         model[0].forward = lambda x: x @ model[0].weight.T.float()
-        with pytest.raises(ValueError, match="weight of layer '0' holds torch.int8 codes, .* Pass units=False"):
+        with pytest.raises(
+            ValueError, match=r"layer '0' holds torch.int8 codes, .* Train deltas: \S+trained_groups, or un"
+        ):
             selection.param_groups(model, units=True)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.cli.test_cli import NOT_REACHED, call, files, options  # noqa: F401
-from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, memorized, run, weights  # noqa: F401
 from tests.unlearning.trainer.test_driver_and_trainer import SIMU
 from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, SEED, STEPS, make_model, make_selection
@@ -22,7 +21,6 @@ from tests.unlearning.trainer.whitened_runs import (
     num_hooks,
 )
 from torch_simu import NeuronSelection, SIMUOptimizer
-from torch_simu.deltas import trained_groups
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import Batches
 from torch_simu.unlearning.driver import unlearn
@@ -120,22 +118,6 @@ class TestRefusals:
     def test_methods_that_train_no_neurons(self, method):
         with pytest.raises(ValueError, match=f"units is True for method '{method}', expected False"):
             UnlearnConfig(method=method, units=True)
-
-    @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-    def test_quantized_models(self, memorized, kind):  # noqa: F811
-        model = quantized(memorized[0], kind)
-        selection = NeuronSelection.full(model)
-        flags = [param.requires_grad for param in model.parameters()]
-        with pytest.raises(ValueError, match=r"units is True, and deltas train: .* Rows have no deltas: pass units=F"):
-            trained_groups(model, selection, "frozen", units=True)
-        assert [param.requires_grad for param in model.parameters()] == flags
-
-    def test_quantized_models_on_the_command_line(self, files, tmp_path, capsys):  # noqa: F811
-        quick = ["--units", "--load-in", "8bit", "--out", tmp_path / "out"]
-        assert call("unlearn", *options(files, "forget", "retain"), *quick) == 2
-        assert "units is True, and load_in is '8bit', expected float weights" in " ".join(
-            capsys.readouterr().err.split()
-        )
 
 
 def test_the_report_counts_rows(files, tmp_path):  # noqa: F811

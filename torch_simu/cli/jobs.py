@@ -85,9 +85,6 @@ def unlearn_job(
     if loading.load_in is not None and config.where in ("all", "attention"):
         wrong = f"Method {config.method!r} trains whole weights, and load_in is {loading.load_in!r}"
         raise ValueError(problem(wrong, "a method that trains neurons", "Or leave the model unquantized."))
-    if loading.load_in is not None and config.units:
-        wrong = f"units is True, and load_in is {loading.load_in!r}"
-        raise ValueError(problem(wrong, "float weights", "Rows have no deltas: leave the model unquantized, or units."))
     key = RowKey.beside(out, row_key)
     rows = read_sets(sets)
     if attack is not None:

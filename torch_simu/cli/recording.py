@@ -36,7 +36,11 @@ from torch_simu.unlearning.report.report import MethodResult, package_version
 
 def tensor_hashes(model: PreTrainedModel) -> dict[str, str]:
     """Return the sha256 of each tensor of a model, of quantized layers that of codes and scales, and of each delta."""
-    deltas = {f"{name}.delta": layer.delta for name, layer in attached_layers(model).items()}
+    deltas = {
+        f"{name}.{key}": delta
+        for name, layer in attached_layers(model).items()
+        for key, delta in layer.deltas().items()
+    }
     return {name: sha256_of(tensor) for name, tensor in {**tensors_of(model), **deltas}.items()}
 
 

@@ -9,22 +9,25 @@ from torch import nn
 
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import is_4bit, is_8bit
-from torch_simu.bitsandbytes.packing import keep_codes_as_loaded, let_codes_go
-from torch_simu.columns import Columns
+from torch_simu.bitsandbytes.packing import codes_as_loaded, keep_codes_as_loaded, let_codes_go
 from torch_simu.deltas.layer import DeltaLayer, attach, detach, has_own_forward
 from torch_simu.layers import (
     check_kind,
     check_num_neurons,
     check_unshared,
     check_weight,
-    neuron_dim,
+    d_model,
+    proved_rows,
     select_layers,
 )
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.neurons import NeuronSelection
 
+NOTHING = NeuronSelection({}, {})
+"""No layer at all."""
 
-def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.Parameter]:
+
+def attach_deltas(model: nn.Module, selection: NeuronSelection, *, units: bool = False) -> dict[str, nn.Parameter]:
     r"""Put a trainable change of its selected columns beside each selected layer, in place and under the same name.
 
     A layer computes $\text{base}(x) + \Delta \, x_S$ from now on, with a float32 $\Delta$ of zero, so no output changes
@@ -34,17 +37,21 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.
     Args:
         model: The model the selection was made on.
         selection: Which neurons of which layers.
+        units: Whether the rows that make these neurons get a delta, too: those of the gate and up projections, with
+            their entries of the biases (`layer.delta_bias`). A short run proves which they are.
 
     Returns:
-        Layer -> its delta, to be trained. Shape of each: `(d_model, num_selected)`.
+        Layer -> its delta, to be trained. Shape of each: `(d_model, num_selected)`, or `(num_rows, d_model)` of a
+        projection whose rows change. `SIMUOptimizer` takes them from `trained_groups`, and those without `units` also
+        as they are.
 
     Raises:
         KeyError: If a layer is not in the model.
         TypeError: If a layer is of another kind or of another quantizer, or the arguments are of another type.
         ValueError: If a layer has a delta already, another number of neurons, no data (meta device), a weight that is
             computed from other parameters or a forward put on it by other code than accelerate's, is sharded, is
-            compiled, or shares its weight with another layer; if 4-bit codes of the model were packed for inference.
-            Nothing is attached then.
+            compiled, or shares its weight with another layer; if 4-bit codes of the model were packed for inference;
+            with `units`, if what makes the neurons is not proved. Nothing is attached then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -56,25 +63,84 @@ def attach_deltas(model: nn.Module, selection: NeuronSelection) -> dict[str, nn.
         >>> torch.equal(before, model(x))
         True
     """
-    if not isinstance(selection, NeuronSelection):
-        raise TypeError(problem(f"selection is a {type(selection).__name__}", "a NeuronSelection"))
+    check_selection(selection)
+    return attach_places(model, selection, rows_of(model, selection) if units else NOTHING)
+
+
+def attach_places(model: nn.Module, selection: NeuronSelection, rows: NeuronSelection) -> dict[str, nn.Parameter]:
+    """Attach deltas as `attach_deltas` does, of columns and of rows that are known.
+
+    Args:
+        model: The model.
+        selection: Layer -> neurons whose columns change.
+        rows: Layer -> outputs whose rows change, of how many.
+    """
     _check_not_compiled("The model", model)
-    chosen = [name for name in selection if len(selection[name])]
+    columns, made = chosen_layers(selection), chosen_layers(rows)
+    if twice := columns & made:
+        wrong = f"Layer {min(twice)!r} has selected neurons and makes selected neurons of another layer"
+        raise ValueError(problem(wrong, "one of the two", "Pass units=False."))
+    chosen = columns | made
     layers = select_layers(model, chosen) if chosen else {}
     for name, layer in layers.items():
-        _check(model, name, layer, selection)
+        _check(model, name, layer)
+        if name in made:
+            check_num_outputs(name, layer, rows.num_neurons[name])
+            if layer.bias is not None:
+                check_unshared(model, name, cast("nn.Parameter", layer.bias))
+        else:
+            check_num_neurons(name, layer, selection.num_neurons[name])
     if layers and not attached_layers(model):
         keep_codes_as_loaded(model)
-    return {name: attach(layer, selection[name]) for name, layer in layers.items()}
+    return {
+        name: attach(layer, rows[name], rows=True) if name in made else attach(layer, selection[name])
+        for name, layer in layers.items()
+    }
+
+
+def rows_of(model: nn.Module, selection: NeuronSelection) -> NeuronSelection:
+    """Return the rows that make selected neurons, layer by layer, as outputs of the projections that make them.
+
+    Raises:
+        KeyError: If a layer is not in the model.
+        TypeError: If a layer holds no neurons.
+        ValueError: If a layer has another number of neurons, 4-bit codes were packed for inference, or what makes the
+            neurons is not proved.
+    """
+    chosen = chosen_layers(selection)
+    for name, layer in (select_layers(model, chosen) if chosen else {}).items():
+        check_kind(name, layer, experts=False)
+        check_num_neurons(name, layer, selection.num_neurons[name])
+    # A run without gradients would pack 4-bit codes of the model.
+    with codes_as_loaded(model):
+        found = proved_rows(model, {name: selection[name].tolist() for name in selection if name in chosen})
+    return NeuronSelection(
+        {source.name: rows for source, rows in found}, {source.name: d_model(source.layer) for source, _ in found}
+    )
+
+
+def chosen_layers(selection: NeuronSelection) -> set[str]:
+    """Return the layers that have selected neurons."""
+    return {name for name in selection if len(selection[name])}
+
+
+def check_selection(selection: object) -> None:
+    """Raise where a selection is something else.
+
+    Raises:
+        TypeError: If it is.
+    """
+    if not isinstance(selection, NeuronSelection):
+        raise TypeError(problem(f"selection is a {type(selection).__name__}", "a NeuronSelection"))
 
 
 def attached_layers(model: nn.Module) -> dict[str, DeltaLayer]:
-    """Return the layers of a model that have a delta: name -> layer, with `.delta` and `.idx`."""
+    """Return the layers of a model that have a delta: name -> layer, with `.delta`, `.delta_bias`, `.idx`, `.rows`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
 
 
 def merge_deltas(model: nn.Module) -> None:
-    """Add the deltas of a model to the selected columns of its float weights, and take them off.
+    """Add the deltas of a model to the selected columns, or rows, of its float weights, and take them off.
 
     The sum is made in float32 and rounded once.
 
@@ -90,11 +156,11 @@ def merge_deltas(model: nn.Module) -> None:
             )
             raise ValueError(problem(wrong, "a floating-point weight", advice))
     for layer in layers.values():
-        weight, columns = layer.weight, Columns(neuron_dim(layer), layer.idx)
-        delta = layer.delta.detach() if columns.dim == -1 else layer.delta.detach().T
+        weight, columns = layer.weight, layer.columns
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
-            columns.write_(weight, (columns.gather(weight).to(wide) + delta.to(wide)).to(weight.dtype))
+            columns.write_(weight, (columns.gather(weight).to(wide) + layer.change.to(wide)).to(weight.dtype))
+        layer.fold_bias_()
         detach(layer)
     let_codes_go(model)
 
@@ -122,12 +188,22 @@ def checked_layers(model: nn.Module) -> dict[str, DeltaLayer]:
     return layers
 
 
-def _check(model: nn.Module, name: str, layer: nn.Module, selection: NeuronSelection) -> None:
+def check_num_outputs(name: str, layer: nn.Module, counted: int) -> None:
+    """Raise where a layer has another number of outputs than its rows were counted in.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if (count := d_model(layer)) != counted:
+        wrong = f"Layer {name!r} has {count} outputs, the rows of its delta are of {counted}"
+        raise ValueError(problem(wrong, "the same model", "Was the delta made on another model?"))
+
+
+def _check(model: nn.Module, name: str, layer: nn.Module) -> None:
     if isinstance(layer, DeltaLayer):
         advice = "Call merge_deltas or detach_deltas first."
         raise ValueError(problem(f"Layer {name!r} has a delta already", "none", advice))
     check_kind(name, layer, experts=False)
-    check_num_neurons(name, layer, selection.num_neurons[name])
     _check_not_compiled(f"Layer {name!r}", layer)
     check_weight(name, layer)
     if has_own_forward(layer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.deltas.attach import attached_layers, merge_deltas
@@ -28,15 +28,16 @@ def decode_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         ValueError: If 4-bit codes were packed for inference.
     """
     if dtype is None:
-        deltas = {id(layer.delta) for layer in attached_layers(model).values()}
+        deltas = {id(delta) for layer in attached_layers(model).values() for delta in layer.deltas().values()}
         found = (param for param in model.parameters() if param.is_floating_point() and id(param) not in deltas)
         dtype = next((param.dtype for param in found), torch.float32)
     weights = {name: decoded_weight(layer) for name, layer in model.named_modules() if holds_codes(layer)}
     for name, weight in weights.items():
         layer = model.get_submodule(name)
+        bias = cast("Tensor | None", layer.bias)
         if isinstance(layer, DeltaLayer):
-            weight[:, layer.idx] += layer.delta
-        bias = cast("nn.Parameter | None", layer.bias)
+            layer.columns.add_(weight, layer.change)
+            bias = layer.changed_bias()
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if bias is not None:

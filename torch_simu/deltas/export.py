@@ -34,7 +34,8 @@ def write_back(model: nn.Module) -> dict[str, WriteBack]:
     """Round the deltas of 8-bit layers into their codes, on the scales that are there, and take the deltas off.
 
     It is lossy: a change far below a step of the codes is rounded away. Scales and unselected codes stay as they are,
-    to the last bit; rows are never quantized anew, which would change most of them. Keep the deltas where that matters.
+    to the last bit; rows are never quantized anew, which would change most of them. The change of a bias is added to
+    it. Keep the deltas where that matters.
 
     Returns:
         Layer -> what became of its delta.
@@ -63,13 +64,16 @@ def write_back(model: nn.Module) -> dict[str, WriteBack]:
 
 @torch.no_grad()
 def _written(layer: DeltaLayer) -> WriteBack:
-    codes, scales = layer.weight.data, cast("Tensor", layer.SCB)
+    codes, scales, columns = layer.weight.data, cast("Tensor", layer.SCB), layer.columns
     # A weight is code x scale / 127; a row without any weight has no steps.
     step = (scales / 127.0).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    before = codes.index_select(1, layer.idx)
+    if layer.rows:
+        step = step[layer.idx]
+    before = columns.gather(codes)
     wanted = torch.round(before.float() + layer.delta / step)
     after = wanted.clamp(-127, 127).to(torch.int8)
-    codes.index_copy_(1, layer.idx, after)
+    columns.write_(codes, after)
+    layer.fold_bias_()
     change = (after.float() - before.float()) * step
     size = layer.delta.square().sum()
     realized = (change * layer.delta).sum() / size if size > 0 else torch.tensor(1.0)

@@ -1,4 +1,4 @@
-"""Layers with a delta: what a frozen layer computes, plus a trainable linear map of its selected neurons."""
+"""Layers with a delta: what a frozen layer computes, plus a trainable change of some of its columns or rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch_simu.bitsandbytes.layers import (
     linear_8bit,
     take_codes,
 )
-from torch_simu.layers import d_model
+from torch_simu.columns import Columns
+from torch_simu.layers import d_model, neuron_dim, num_neurons, output_dim
 
 if TYPE_CHECKING:
     _Layer = nn.Linear
@@ -30,24 +31,67 @@ else:
 class DeltaLayer(_Layer):
     r"""What every layer with a delta is, whatever it was before: $y = \text{base}(x) + \Delta \, x_S$.
 
-    It keeps the layer's name, parameters and hooks: only its class is another one, until the delta is detached.
+    With a delta of rows it is $y_R = \text{base}(x)_R + \Delta \, x$, plus a change of the bias where there is one, and
+    $y = \text{base}(x)$ off $R$. It keeps the layer's name, parameters and hooks: only its class is another one, until
+    the delta is detached.
 
     Attributes:
-        delta: The trainable change of the selected columns, float32. Shape: `(d_model, num_selected)`.
-        idx: The selected neurons. Shape: `(num_selected,)`.
+        delta: The trainable change of the selected columns, float32. Shape: `(d_model, num_selected)`; of rows
+            `(num_rows, num_neurons)`.
+        delta_bias: The trainable change of these outputs' entries of the bias, float32; None without a bias, and of
+            columns. Shape: `(num_rows,)`.
+        idx: The selected neurons, or the outputs whose rows change. Shape: `(num_selected,)` or `(num_rows,)`.
+        rows: Whether the delta is of rows.
     """
 
     delta: nn.Parameter
+    delta_bias: nn.Parameter | None
     idx: Tensor
+    rows: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output with the change of the selected columns in it.
+        """Return the layer's output with the change of the selected columns or rows in it.
 
         Args:
             x: Activations. Shape: `(..., num_neurons)`.
         """
+        if self.rows:
+            bias = None if self.delta_bias is None else self.delta_bias.to(x.dtype)
+            output, change = self._base(x), functional.linear(x, self.delta.to(x.dtype), bias)
+            return output.index_add(-1, self.idx, change.to(output.dtype))
         chosen = x.index_select(-1, self.idx)
         return self._base(x) + functional.linear(chosen, self.delta.to(x.dtype))
+
+    @property
+    def columns(self) -> Columns:
+        """Which entries of the weight change; of codes, of their values with the outputs first."""
+        return Columns(cast("int", output_dim(self) if self.rows else neuron_dim(self)), self.idx)
+
+    @property
+    def change(self) -> Tensor:
+        """The delta in the layout of the weight's own entries: those of `columns`, without a gradient."""
+        delta = self.delta.detach()
+        return delta if neuron_dim(self) == -1 else delta.T
+
+    def deltas(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by its name in the layer: the delta, and that of the bias where there is one."""
+        bias = {} if self.delta_bias is None else {"delta_bias": self.delta_bias}
+        return {"delta": self.delta, **bias}
+
+    @torch.no_grad()
+    def changed_bias(self) -> Tensor | None:
+        """Return the bias with its change in it, in float32 or wider; None without a bias."""
+        bias = cast("Tensor | None", self.bias)
+        if bias is None or self.delta_bias is None:
+            return bias
+        wide = bias.to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+        return wide.index_add_(0, self.idx, self.delta_bias.to(wide.dtype))
+
+    @torch.no_grad()
+    def fold_bias_(self) -> None:
+        """Add the change of the bias to the bias itself, rounded once."""
+        if self.delta_bias is not None:
+            self.bias.copy_(cast("Tensor", self.changed_bias()))
 
     def _base(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -76,8 +120,14 @@ class Delta4bit(DeltaLayer):
         return linear_4bit(self, x)
 
 
-def attach(layer: nn.Module, neurons: Tensor) -> nn.Parameter:
-    """Turn a layer into one with a delta of zero, in place, and freeze its own parameters."""
+def attach(layer: nn.Module, indices: Tensor, *, rows: bool = False) -> nn.Parameter:
+    """Turn a layer into one with a delta of zero, in place, and freeze its own parameters.
+
+    Args:
+        layer: The layer.
+        indices: The neurons whose columns change, or with `rows` the outputs whose rows do.
+        rows: Which of both.
+    """
     base: Any = type(layer)
     if is_8bit(layer):
         device = eight_bit_codes(layer)[0].device
@@ -93,15 +143,25 @@ def attach(layer: nn.Module, neurons: Tensor) -> nn.Parameter:
     for param in layer.parameters(recurse=False):
         param.requires_grad_(False)
     _rebind(layer, base)
-    delta = nn.Parameter(torch.zeros(d_model(layer), len(neurons), dtype=torch.float32, device=device))
+    shape = delta_shape(layer, len(indices), rows=rows)
+    delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
     layer.register_parameter("delta", delta)
-    layer.register_buffer("idx", neurons.to(device))
+    biased = rows and layer.bias is not None
+    bias = nn.Parameter(torch.zeros(len(indices), dtype=torch.float32, device=device)) if biased else None
+    layer.register_parameter("delta_bias", bias)
+    layer.register_buffer("idx", indices.to(device))
+    layer.__dict__["rows"] = rows
     return delta
+
+
+def delta_shape(layer: nn.Module, count: int, *, rows: bool) -> tuple[int, int]:
+    """Return the shape of a layer's delta of so many columns, or rows."""
+    return (count, num_neurons(layer)) if rows else (d_model(layer), count)
 
 
 def detach(layer: nn.Module) -> None:
     """Turn a layer with a delta into what it was."""
-    for name in ("delta", "idx"):
+    for name in ("delta", "delta_bias", "idx", "rows"):
         delattr(layer, name)
     base = type(layer)._before  # type: ignore[attr-defined]
     _rebind(layer, type(layer), to=base)

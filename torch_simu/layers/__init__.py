@@ -14,7 +14,7 @@ from torch_simu.layers.kinds import (
 )
 from torch_simu.layers.probe import probed_projections
 from torch_simu.layers.projections import Selector, attention_projections, down_projections, select_layers
-from torch_simu.layers.sources import Source, proved_sources, sources_beside
+from torch_simu.layers.sources import Source, proved_rows, proved_sources, sources_beside
 
 __all__ = [
     "Selector",
@@ -36,6 +36,7 @@ __all__ = [
     "num_neurons",
     "output_dim",
     "probed_projections",
+    "proved_rows",
     "proved_sources",
     "select_layers",
     "sources_beside",

@@ -12,7 +12,7 @@ from torch_simu.columns import NeuronDim
 from torch_simu.layers.checks import check_kind, check_num_neurons, check_unshared, check_weight
 from torch_simu.layers.kinds import neuron_dim, neuron_weight
 from torch_simu.layers.projections import attention_projections, select_layers
-from torch_simu.layers.sources import proved_sources
+from torch_simu.layers.sources import proved_rows
 
 
 def neuron_groups(
@@ -68,21 +68,19 @@ def _row_groups(
 ) -> list[dict[str, object]]:
     """Return the groups of the rows that make the neurons, with their entries of the biases."""
     groups: dict[int, dict[str, object]] = {}
-    made: dict[str, str] = {}
-    for layer, sources in proved_sources(model, neurons).items():
-        for source in sources:
-            if source.name in projections:
-                raise _trained_twice(f"Layer {source.name!r} makes selected neurons")
-            if made.setdefault(source.name, layer) != layer:
-                wrong = f"Layer {source.name!r} makes the neurons of {made[source.name]!r} and of {layer!r}"
-                raise ValueError(problem(wrong, "a source for each layer", "Pass units=False."))
-            check_weight(source.name, source.layer)
-            group = groups.setdefault(source.dim, {"params": [], "neurons": [], "neuron_dim": source.dim, "rows": True})
-            for param in source.layer.parameters(recurse=False):
-                _check_trainable(source.name, param, "Pass units=False.")
-                check_unshared(model, source.name, param)
-                cast("list[nn.Parameter]", group["params"]).append(param)
-                cast("list[list[int]]", group["neurons"]).append(source.rows(neurons[layer]))
+    for source, rows in proved_rows(model, neurons):
+        if source.name in projections:
+            raise _trained_twice(f"Layer {source.name!r} makes selected neurons")
+        check_weight(source.name, source.layer)
+        if isinstance(getattr(source.layer, "delta", None), nn.Parameter):
+            advice = "Train it: torch_simu.deltas.trained_groups, or take it off."
+            raise ValueError(problem(f"Layer {source.name!r} has a delta", "none", advice))
+        group = groups.setdefault(source.dim, {"params": [], "neurons": [], "neuron_dim": source.dim, "rows": True})
+        for param in source.layer.parameters(recurse=False):
+            _check_trainable(source.name, param, "Train deltas: torch_simu.deltas.trained_groups, or units=False.")
+            check_unshared(model, source.name, param)
+            cast("list[nn.Parameter]", group["params"]).append(param)
+            cast("list[list[int]]", group["neurons"]).append(rows)
     return list(groups.values())
 
 

@@ -137,6 +137,27 @@ def proved_sources(model: nn.Module, layers: Iterable[str]) -> dict[str, list[So
     return found
 
 
+def proved_rows(model: nn.Module, neurons: Mapping[str, Sequence[int]]) -> list[tuple[Source, list[int]]]:
+    """Return each projection that makes neurons of some layers, with its rows that make the selected ones.
+
+    Args:
+        model: As in `proved_sources`.
+        neurons: Layer -> selected neurons.
+
+    Raises:
+        ValueError: As `proved_sources`; or if one projection makes the neurons of two layers.
+    """
+    made: dict[str, str] = {}
+    found = []
+    for layer, sources in proved_sources(model, neurons).items():
+        for source in sources:
+            if made.setdefault(source.name, layer) != layer:
+                wrong = f"Layer {source.name!r} makes the neurons of {made[source.name]!r} and of {layer!r}"
+                raise ValueError(problem(wrong, "a source for each layer", "Pass units=False."))
+            found.append((source, source.rows(neurons[layer])))
+    return found
+
+
 def _of_size(modules: Mapping[str, nn.Module], size: int) -> list[Source]:
     linear = {name: module for name, module in modules.items() if is_neuron_layer(module)}
     single = [Source(name, module, size, 1) for name, module in linear.items() if d_model(module) == size]
@@ -185,9 +206,10 @@ def _run(model: nn.Module, num_rows: int) -> None:
         model(input_ids=ids)
         return
     first = next(layer for layer in model.modules() if is_neuron_layer(layer))
-    weight = next(param for param in model.parameters() if param.is_floating_point())
     hidden = torch.randn(num_rows, _NUM_TOKENS, num_neurons(first), generator=torch.Generator().manual_seed(0))
-    model(hidden.to(weight.device, weight.dtype))
+    # Codes alone take any dtype.
+    dtype = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
+    model(hidden.to(next(model.parameters()).device, dtype))
 
 
 def _unknown(name: str, why: str) -> ValueError:

@@ -23,9 +23,9 @@ class Audit:
     """Every tensor of a model beside the base's, by hash.
 
     Attributes:
-        tensors: Tensor -> its `status` ("unchanged", "columns", "rows", "whole", "delta", "unexpected", or "unread"
-            where one side only has it and no model reads it), sha256 `before` and `after`, and for columns and rows how
-            many are `selected`, of how many.
+        tensors: Tensor -> its `status` ("unchanged", "columns", "rows", "whole", "delta", "delta_rows", "unexpected",
+            or "unread" where one side only has it and no model reads it), sha256 `before` and `after`, and for columns
+            and rows how many are `selected`, of how many.
         problems: What is not as the patch says; empty where everything is.
         about: What was compared: "base" and "model" with a "sha256" over the lines `hash  name` of their tensors and a
             "name" where they have one, "patch" likewise (over what it says of each tensor), "date" and "version".
@@ -102,7 +102,8 @@ def audit(
         base: The base's tensors.
         model: The changed model's.
         unread: Tensors that only one side may have, because no model reads them.
-        codes: Delta -> sha256 of the codes and scales that it is beside in the changed model.
+        codes: Delta -> sha256 of the codes and scales that it is beside in the changed model, where it is of the
+            columns or rows of the patch.
     """
     rows: dict[str, dict[str, object]] = {}
     problems = []
@@ -114,10 +115,10 @@ def audit(
         hashes["base"] |= {} if before is None else {name: before}
         hashes["model"] |= {} if after is None else {name: after}
         expected = (change.before, change.after) if change else (before, before)
-        if change is not None and change.kind == "delta":
+        if change is not None and change.is_delta:
             # Of a delta the first hash is that of the codes beside it.
             expected = (None, change.after)
-        bound = change is None or change.kind != "delta" or codes.get(name) == change.before
+        bound = change is None or not change.is_delta or codes.get(name) == change.before
         if bound and (before, after) == expected:
             rows[name] = {"status": change.kind if change else "unchanged", "before": before, "after": after}
             if change is not None and change.num_neurons:

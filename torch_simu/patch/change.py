@@ -16,7 +16,7 @@ from torch_simu._hashes import sha256_of
 from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.patch.bits import bits_of, check_alike, columns_of, differing_neurons
 
-Kind = Literal["columns", "rows", "whole", "delta"]
+Kind = Literal["columns", "rows", "whole", "delta", "delta_rows"]
 
 RESAVE = (
     "Of a checkpoint on disk: load the base as it was loaded for the change, save it once with save_pretrained, and "
@@ -49,7 +49,7 @@ class Change:
 
     Attributes:
         kind: "columns": bits of selected neurons; "rows": bits of what makes them; "whole": bits of all; "delta": a
-            delta beside a layer's codes.
+            delta of columns beside a layer's codes; "delta_rows": one of rows.
         before: sha256 of the tensor before; of a delta, that of the codes and scales beside it.
         after: sha256 of the tensor after; of a delta, its own.
         dtype: Of the tensor, as torch names it.
@@ -69,6 +69,35 @@ class Change:
     num_neurons: int
     neurons: Tensor
     value: Tensor
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it is a delta, of columns or of rows."""
+        return self.kind in ("delta", "delta_rows")
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether its neurons are outputs: rows that make neurons, of weights or of a delta."""
+        return self.kind in ("rows", "delta_rows")
+
+    @classmethod
+    def of_delta(cls, delta: Tensor, indices: Tensor, *, of: int, rows: bool, beside: str) -> Change:
+        """Return a delta as a change of the layer without it.
+
+        Args:
+            delta: Its values.
+            indices: The neurons of its columns, or the outputs of its rows.
+            of: How many neurons, or outputs, the layer has.
+            rows: Whether it is of rows.
+            beside: sha256 of the codes and scales, or the weight, beside it.
+        """
+        kind: Kind = "delta_rows" if rows else "delta"
+        dtype, shape, dim = str(delta.dtype), tuple(delta.shape), 0 if rows else -1
+        return cls(kind, beside, sha256_of(delta), dtype, shape, dim, of, indices, delta)
+
+    def is_at(self, indices: Tensor, *, rows: bool) -> bool:
+        """Say whether this delta is of these columns, or rows: its hash is that of the values alone."""
+        return self.of_rows == rows and torch.equal(self.neurons, indices.to(self.neurons.device))
 
     def check(self, name: str, tensor: Tensor, *, applied: bool) -> None:
         """Raise where a tensor is not what the patch goes on, or comes off.
@@ -142,7 +171,11 @@ class Change:
             shape = (len(self.neurons), *kept)
         if tuple(self.value.shape) != shape:
             raise ValueError(f"its value is of shape {tuple(self.value.shape)}, not {shape}")
-        if self.kind == "delta" and not bool(self.value.isfinite().all()):
+        # That of a bias, which has rows only, is of one dimension.
+        num_dims = (1, 2) if self.of_rows else (2,)
+        if self.is_delta and (len(shape) not in num_dims or shape[0 if self.of_rows else 1] != len(self.neurons)):
+            raise ValueError(f"its delta of {len(self.neurons)} neurons is of shape {shape}")
+        if self.is_delta and not bool(self.value.isfinite().all()):
             raise ValueError("its delta is not finite")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from torch_simu._checks import problem
@@ -21,7 +20,15 @@ from torch_simu.columns import NeuronDim, num_columns
 from torch_simu.deltas.files import DELTAS
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
-from torch_simu.patch.beside import check_deltas, deltas_beside, layer_of, put_deltas, stored_fingerprint
+from torch_simu.patch.beside import (
+    check_deltas,
+    check_selected,
+    deltas_beside,
+    is_same,
+    layer_of,
+    put_deltas,
+    stored_fingerprint,
+)
 from torch_simu.patch.change import Change, Place, Where, changes_between
 from torch_simu.patch.model import neurons_of
 from torch_simu.patch.patch import NeuronPatch
@@ -46,7 +53,8 @@ def patch_between_checkpoints(
         selection: The neurons that may differ.
         whole: A regular expression, anywhere in their names, for tensors that may differ as a whole (attention
             projections that were trained in full, say); None: none may.
-        units: Whether the rows that make these neurons may differ, too: of the projections beside their layers.
+        units: Whether the rows that make these neurons may differ, or have deltas, too: of the projections beside their
+            layers.
         provenance: What to keep with the patch, as JSON values.
 
     Raises:
@@ -68,11 +76,11 @@ def patch_between_checkpoints(
         raise ValueError(problem(f"The base {str(base)!r} holds deltas itself", "no deltas", advice))
     deltas = deltas_beside(model)
     with opened(base) as before, opened(model) as after:
-        _check_selected(deltas, selection)
+        check_selected(deltas, selection, units=units)
         changes = changes_between(
             before,
             after,
-            _where(before, base, _beside_no(deltas, selection), units=units),
+            _where(before, base, _beside_no(deltas, selection), units=units and not _has_rows(deltas)),
             lambda name: allowed is not None and bool(allowed.search(name)),
             unread=before.unread | after.unread,
         )
@@ -108,9 +116,11 @@ def revert_checkpoint(patch: NeuronPatch, model: str | Path, out: str | Path) ->
 def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -> Audit:
     """Compare every tensor of base and model, by hash, and say whether the patch alone lies between the folders."""
     with opened(base) as before, opened(model) as after:
-        found = {name: change.value for name, change in deltas_beside(model).items()}
+        held = deltas_beside(model)
+        found = {name: change.value for name, change in held.items()}
         there = {name: change.value for name, change in deltas_beside(base).items()}
-        codes = {name: stored_fingerprint(after, layer_of(name)) for name in found}
+        same = [name for name, change in held.items() if name in patch.changes and is_same(change, patch.changes[name])]
+        codes = {name: stored_fingerprint(after, layer_of(name)) for name in same}
         made = audit(
             patch.changes,
             ChainMap(there, cast("dict[str, Tensor]", before)),
@@ -123,8 +133,8 @@ def verify_checkpoint(patch: NeuronPatch, base: str | Path, model: str | Path) -
 
 def _flip(patch: NeuronPatch, source: str | Path, out: str | Path, *, applied: bool) -> None:
     source, out = Path(source), Path(out)
-    deltas = {name: change for name, change in patch.changes.items() if change.kind == "delta"}
-    changes = {name: change for name, change in patch.changes.items() if change.kind != "delta"}
+    deltas = {name: change for name, change in patch.changes.items() if change.is_delta}
+    changes = {name: change for name, change in patch.changes.items() if not change.is_delta}
     remove_leftovers(out)
     _check_new_folder(out, source)
     hashes = {name: change.before if applied else change.after for name, change in changes.items()}
@@ -183,11 +193,9 @@ def _copy(source: Path, out: Path) -> None:
         folder.chmod(mode)
 
 
-def _check_selected(deltas: Mapping[str, Change], selection: NeuronSelection) -> None:
-    for name, change in deltas.items():
-        layer = layer_of(name)
-        if layer not in selection or not torch.equal(selection[layer], change.neurons):
-            raise ValueError(problem(f"The delta of layer {layer!r} is of other neurons", "those of the selection"))
+def _has_rows(deltas: Mapping[str, Change]) -> bool:
+    # What makes neurons has deltas then, and stays as it is beneath them.
+    return any(change.of_rows for change in deltas.values())
 
 
 def _beside_no(deltas: Mapping[str, Change], selection: NeuronSelection) -> NeuronSelection:

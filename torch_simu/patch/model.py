@@ -35,7 +35,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         skipped = module._non_persistent_buffers_set
         own |= {key: value for key, value in module.named_buffers(recurse=False) if key not in skipped}
         if isinstance(module, DeltaLayer):
-            own = {key: value for key, value in own.items() if key not in ("delta", "idx", "weight_format")}
+            beside = (*module.deltas(), "idx", "weight_format")
+            own = {key: value for key, value in own.items() if key not in beside}
         prefix = f"{name}." if name else ""
         if empty := [key for key, value in own.items() if value.device.type == "meta"]:
             advice = "Load the model without offloading, or patch the checkpoint."

@@ -14,11 +14,13 @@ from torch_simu._checks import problem
 from torch_simu._files import kind_of, load_tensors, save_tensors
 from torch_simu._hashes import sha256_of
 from torch_simu.bitsandbytes.layers import fingerprint
-from torch_simu.deltas import attach_deltas, attached_layers
+from torch_simu.deltas import attached_layers
+from torch_simu.deltas.attach import attach_places
 from torch_simu.deltas.layer import DeltaLayer, detach
-from torch_simu.layers import num_neurons
+from torch_simu.layers import d_model, num_neurons
 from torch_simu.neurons import NeuronSelection
 from torch_simu.patch.audit import Audit, audit
+from torch_simu.patch.beside import check_selected, check_together, layer_of, places_of
 from torch_simu.patch.change import Change, changes_between
 from torch_simu.patch.model import may_differ_whole, neurons_of, tensors_of
 
@@ -68,7 +70,8 @@ class NeuronPatch:
             base: The model before.
             model: The model after: with changed weights, or with deltas attached.
             selection: The neurons that may differ. Attention projections may differ, too, where the model has them.
-            units: Whether the rows that make these neurons may differ, too; see `NeuronSelection.param_groups`.
+            units: Whether the rows that make these neurons may differ, or have deltas, too; see
+                `NeuronSelection.param_groups`.
             provenance: What to keep with the patch, as JSON values.
 
         Raises:
@@ -78,13 +81,15 @@ class NeuronPatch:
         changes = changes_between(
             tensors_of(base), tensors_of(model), neurons_of(base, selection, units=units), may_differ_whole(base)
         )
-        plain = dict(base.named_modules())
+        deltas: dict[str, Change] = {}
         for name, layer in attached_layers(model).items():
-            if sorted(layer.idx.tolist()) != selection[name].tolist():
-                raise ValueError(problem(f"The delta of layer {name!r} is of other neurons", "those of the selection"))
-            if name not in plain or fingerprint(plain[name]) != fingerprint(layer):
-                raise ValueError(problem(f"The codes of layer {name!r} differ", "those of the base"))
-            changes[f"{name}.delta"] = _delta_change(layer)
+            deltas |= _delta_changes(name, layer)
+        check_selected(deltas, selection, units=units)
+        plain = dict(base.named_modules())
+        for name, change in deltas.items():
+            if (other := layer_of(name)) not in plain or fingerprint(plain[other]) != change.before:
+                raise ValueError(problem(f"The codes of layer {other!r} differ", "those of the base"))
+        changes |= deltas
         if not changes:
             raise ValueError(problem("No bit differs between base and model", "a change", "Is it the same model?"))
         return cls(changes, dict(provenance or {}))
@@ -111,9 +116,13 @@ class NeuronPatch:
     def verify(self, base: nn.Module, model: nn.Module) -> Audit:
         """Compare every tensor of two models by hash, and say whether the patch and nothing else lies between them."""
         found = dict(tensors_of(model))
-        attached = attached_layers(model)
-        found |= {f"{name}.delta": layer.delta.detach() for name, layer in attached.items()}
-        codes = {f"{name}.delta": fingerprint(layer) for name, layer in attached.items()}
+        codes = {}
+        for name, layer in attached_layers(model).items():
+            for key, delta in layer.deltas().items():
+                found[f"{name}.{key}"] = delta.detach()
+                change = self.changes.get(f"{name}.{key}")
+                if change is not None and change.is_at(layer.idx, rows=layer.rows):
+                    codes[f"{name}.{key}"] = fingerprint(layer)
         return audit(self.changes, tensors_of(base), found, codes=codes)
 
     def save(self, path: str | Path) -> None:
@@ -152,7 +161,7 @@ class NeuronPatch:
     def __repr__(self) -> str:
         parts: dict[str, list[Change]] = {"neurons": [], "rows": []}
         for change in self.changes.values():
-            parts["rows" if change.kind == "rows" else "neurons"].append(change)
+            parts["rows" if change.of_rows else "neurons"].append(change)
         said = [
             f"{sum(len(each.neurons) for each in found)} of {sum(each.num_neurons for each in found)} {what}"
             for what, found in parts.items()
@@ -164,55 +173,62 @@ class NeuronPatch:
     def _flip(self, model: nn.Module, *, applied: bool) -> None:
         tensors, modules = tensors_of(model), dict(model.named_modules())
         for name, change in self.changes.items():
-            if change.kind == "delta":
-                _check_delta(name, change, modules, applied=applied)
+            if change.is_delta:
+                _check_delta(name, self.changes, modules, applied=applied)
                 continue
             if name not in tensors:
                 raise KeyError(problem(f"Tensor {name!r} is not in the model", "the model that the patch was made for"))
             change.check(name, tensors[name], applied=applied)
             if sha256_of(change.flipped(tensors[name])) != (change.before if applied else change.after):
                 raise ValueError(problem(f"The change of tensor {name!r} leads elsewhere", "what its sha256 says"))
-        deltas = {name.removesuffix(".delta"): each for name, each in self.changes.items() if each.kind == "delta"}
+        deltas = {layer_of(name): each for name, each in self.changes.items() if each.is_delta}
         # All is checked: from here on nothing is refused.
         if applied:
             for name in deltas:
                 detach(modules[name])
         elif deltas:
-            neurons = {name: change.neurons for name, change in deltas.items()}
-            sizes = {name: change.num_neurons for name, change in deltas.items()}
-            for name, delta in attach_deltas(model, NeuronSelection(neurons, sizes)).items():
-                with torch.no_grad():
-                    delta.copy_(deltas[name].value)
+            attach_places(model, *places_of(deltas))
+            for name, change in self.changes.items():
+                if change.is_delta:
+                    layer, _, key = name.rpartition(".")
+                    with torch.no_grad():
+                        cast("DeltaLayer", modules[layer]).deltas()[key].copy_(change.value)
         for name, change in self.changes.items():
-            if change.kind != "delta":
+            if not change.is_delta:
                 change.flip(tensors[name])
 
 
-def _delta_change(layer: DeltaLayer) -> Change:
-    delta = layer.delta.detach().cpu()
-    return Change(
-        "delta",
-        fingerprint(layer),
-        sha256_of(delta),
-        str(delta.dtype),
-        tuple(delta.shape),
-        -1,
-        num_neurons(layer),
-        layer.idx.cpu(),
-        delta,
-    )
+def _delta_changes(name: str, layer: DeltaLayer) -> dict[str, Change]:
+    size = d_model(layer) if layer.rows else num_neurons(layer)
+    beside = fingerprint(layer)
+    return {
+        # Of each its own indices, because files refuse tensors that share memory.
+        f"{name}.{key}": Change.of_delta(
+            delta.detach().cpu(), layer.idx.cpu().clone(), of=size, rows=layer.rows, beside=beside
+        )
+        for key, delta in layer.deltas().items()
+    }
 
 
-def _check_delta(name: str, change: Change, modules: Mapping[str, nn.Module], *, applied: bool) -> None:
-    layer = name.removesuffix(".delta")
+def _check_delta(name: str, changes: Mapping[str, Change], modules: Mapping[str, nn.Module], *, applied: bool) -> None:
+    layer, _, key = name.rpartition(".")
+    change = changes[name]
     if layer not in modules:
         raise KeyError(problem(f"Layer {layer!r} is not in the model", "the model that the patch was made for"))
     module = modules[layer]
     if isinstance(module, DeltaLayer) != applied:
         state = ("not applied", "an applied patch") if applied else ("applied already", "the base")
         raise ValueError(problem(f"The patch is {state[0]} to layer {layer!r}", state[1]))
+    check_together(name, changes)
+    biased = change.of_rows and module.bias is not None
+    if (f"{layer}.delta_bias" in changes) != biased:
+        wrong = f"Layer {layer!r} has {'a' if biased else 'no'} bias"
+        raise ValueError(problem(wrong, "as in the patch's base", "The patch was made for another base."))
     if isinstance(module, DeltaLayer):
-        change.check(name, module.delta, applied=True)
+        change.check(name, module.deltas()[key], applied=True)
+        if not change.is_at(module.idx, rows=module.rows):
+            wrong = f"The delta of layer {layer!r} is of other neurons"
+            raise ValueError(problem(wrong, "those of the patch", "The patch is not applied."))
     if (found := fingerprint(module)) != change.before:
         wrong = f"The weight of layer {layer!r} has sha256 {found[:12]}..."
         raise ValueError(problem(wrong, f"{change.before[:12]}...", "The patch was made for another base."))

@@ -65,12 +65,12 @@ def test_one_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(copies) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_rounding_is_that_of_every_matrix_with_deltas_merged(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "units"), [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True)])
+def test_rounding_is_that_of_every_matrix_with_deltas_merged(kind: str, units: bool) -> None:
     model = tiny(kind)
     rows = [Example((1, 5 + i, 7), (-100, 5 + i, 7)) for i in range(4)]
     generator = torch.Generator().manual_seed(0)
-    deltas = attach_deltas(model, NeuronSelection.random(model, 0.2, generator))
+    deltas = attach_deltas(model, NeuronSelection.random(model, 0.2, generator), units=units)
     for delta in deltas.values():
         nn.init.normal_(delta, std=0.2, generator=generator)
     found = attack_model(model, rows, attacks=["round_8bit", "round_4bit"])

@@ -113,7 +113,7 @@ def show(patch: PatchFile) -> None:
     for key, value in found.provenance.items():
         say(console, f"{key}: {value}")
     for name, change in found.changes.items():
-        what = "rows" if change.kind == "rows" else "neurons"
+        what = "rows" if change.of_rows else "neurons"
         neurons = f"{len(change.neurons)} of {change.num_neurons} {what}" if change.num_neurons else "all"
         line = f"{name}  {change.kind}  {neurons}  {change.dtype}  {change.before[:12]} -> {change.after[:12]}"
         say(console, line, soft_wrap=True)

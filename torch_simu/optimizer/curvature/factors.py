@@ -13,7 +13,8 @@ from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import decoded_weight, holds_codes
 from torch_simu.columns import neurons_first
 from torch_simu.hooks import NeuronHookError, NeuronHooks
-from torch_simu.layers import neuron_dim
+from torch_simu.layers import neuron_dim, output_dim
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, summed_over_shards
 from torch_simu.optimizer.groups import selects_rows
@@ -69,17 +70,34 @@ def trained_layers(entries: Iterable[tuple[Mapping[str, Any], Entry]], hooks: Ne
             wrong = f"No hook sees the layer of a parameter that trains, of shape {shape}"
             raise ValueError(problem(wrong, "a hook on every layer that trains", advice))
         name, layer = owners[param]
-        indices, delta = entry.columns.indices, _is_delta(param, layer)
-        if not delta and selects_rows(group) != (dim % 2 != cast("int", neuron_dim(layer)) % 2):
-            wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
-            expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
-            advice = 'Take curvature="gnb" for that group, or groups of selection.param_groups(model, units=True).'
-            raise ValueError(problem(wrong, expected, advice))
+        indices, delta = entry.columns.indices, is_delta(param, layer)
+        check_side(group, param, name, layer)
+        if delta and layer.rows and is_dtensor(param):
+            advice = 'Take curvature="gnb", or processes that each hold the whole model (DDP).'
+            raise ValueError(problem(f"The delta of rows of layer {name!r} is sharded", "a whole one", advice))
         if indices is None:
             columns = cast("Tensor", layer.idx) if delta else torch.arange(shape[dim], device=local(param).device)
         else:
             columns = cast("Tensor", layer.idx).index_select(0, indices) if delta else indices
         yield Trained(entry, group, layer, name, columns)
+
+
+def check_side(group: Mapping[str, Any], param: Tensor, name: str, layer: nn.Module) -> None:
+    """Raise where a group selects the other side of a layer than it says.
+
+    Raises:
+        ValueError: If it selects outputs as neurons, or neurons as outputs.
+    """
+    delta = is_delta(param, layer)
+    # A delta has its outputs first, whatever the layout of the weight.
+    rows = group["neuron_dim"] % 2 != (1 if delta else cast("int", neuron_dim(layer)) % 2)
+    if selects_rows(group) == rows and (not delta or layer.rows == rows):
+        return
+    wrong = f"The optimizer selects {'inputs' if selects_rows(group) else 'outputs'} of layer {name!r}"
+    expected = "outputs, as its group says" if selects_rows(group) else "neurons, which are its inputs"
+    groups = "torch_simu.deltas.trained_groups" if delta else "selection.param_groups"
+    advice = f'Take curvature="gnb" for that group, or groups of {groups}, with units=True.'
+    raise ValueError(problem(wrong, expected, advice))
 
 
 def covariances(
@@ -157,20 +175,32 @@ def fold_factors(state: dict[str, Any], trained: Trained, found: Covariances, fi
     state["weight_norm"] = weight_norm(trained.entry, trained)
 
 
-def weight_norm(entry: Entry, trained: Trained | None = None) -> Tensor:
-    """Return the norm of the selected weights, over all processes; of a delta, with the weights beside it."""
+def weight_norm(entry: Entry, trained: Trained | None = None, layers: Iterable[nn.Module] = ()) -> Tensor:
+    """Return the norm of the selected weights, over all processes; of a delta, with the weights beside it.
+
+    Args:
+        entry: The entries that train.
+        trained: The same with their layer; None: they are of a bias.
+        layers: Those that may have a delta of that bias.
+    """
     values = entry.gather()
-    if trained is not None and _is_delta(entry.param, trained.layer):
+    if trained is not None and is_delta(entry.param, trained.layer):
         layer = trained.layer
         weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
-        kept = neurons_first(weight, neuron_dim(layer)).index_select(0, trained.neurons.to(weight.device))
-        values = kept.T + values
+        dim = output_dim(layer) if layer.rows else neuron_dim(layer)
+        kept = neurons_first(weight, dim).index_select(0, trained.neurons.to(weight.device))
+        values = (kept if layer.rows else kept.T) + values
+    for layer in layers if trained is None else ():
+        if entry.param is getattr(layer, "delta_bias", None):
+            places, indices = cast("Tensor", layer.idx), entry.columns.indices
+            places = places if indices is None else places.index_select(0, indices)
+            values = cast("Tensor", layer.bias).detach().index_select(0, places) + values
     square = values.to(entry.grad.dtype).square().sum()
     return summed_over_shards([square], [entry.param])[0].sqrt()
 
 
-def _is_delta(param: Tensor, layer: nn.Module) -> bool:
-    """Say whether a parameter is the change of some columns, kept beside the weight."""
+def is_delta(param: Tensor, layer: nn.Module) -> bool:
+    """Say whether a parameter is the change of some columns or rows, kept beside the weight."""
     return param is getattr(layer, "delta", None)
 
 
@@ -185,7 +215,7 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
 def _places(trained: Trained, hooks: NeuronHooks, *, outputs: bool) -> Tensor:
     """Return where the neurons that train are among those that a hook saw."""
     seen, count = hooks.neurons(trained.name, outputs=outputs), len(trained.neurons)
-    if seen is not None and trained.entry.columns.indices is None and not _is_delta(trained.entry.param, trained.layer):
+    if seen is not None and trained.entry.columns.indices is None and not is_delta(trained.entry.param, trained.layer):
         # All train: whether all were seen tells their number, for which no device is read.
         places = trained.neurons if len(seen) == count else None
     else:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torch_simu._checks import problem
 from torch_simu.hooks import NeuronHooks, register_neuron_hooks
+from torch_simu.optimizer.curvature.factors import check_side, is_delta
 from torch_simu.optimizer.groups import WHITENED, selects_rows
 
 
@@ -79,10 +80,11 @@ def _trained(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> tuple[dic
             name, layer = owners[param]
             dim = group["neuron_dim"] % 2
             chosen = torch.arange(param.shape[dim]) if neurons is None else torch.tensor(neurons)
+            if is_delta(param, layer):
+                check_side(group, param, name, layer)
+                chosen = cast("Tensor", layer.idx).to(chosen.device)[chosen]
             if selects_rows(group):
                 inputs[name], outputs[name] = torch.arange(param.shape[1 - dim]), chosen
                 continue
-            if param is getattr(layer, "delta", None):
-                chosen = cast("Tensor", layer.idx).to(chosen.device)[chosen]
             inputs[name] = chosen
     return inputs, outputs

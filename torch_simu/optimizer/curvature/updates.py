@@ -156,7 +156,7 @@ class CurvatureUpdates(Optimizer):
         for group, entry in pairs:
             state = state_of(self.state, group, entry)
             if "weight_norm" not in state:
-                state["weight_norm"] = weight_norm(entry)
+                state["weight_norm"] = weight_norm(entry, layers=hooks.layers.values())
         for number in numbers:
             schedule_refresh(self.param_groups[number], finite)
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from torch_simu._checks import problem
 from torch_simu.bitsandbytes.layers import holds_codes
 from torch_simu.bitsandbytes.packing import check_codes, keep_codes_as_loaded
-from torch_simu.columns import Columns
 from torch_simu.deltas import attached_layers
 from torch_simu.layers import is_neuron_layer, neuron_dim
 
@@ -72,10 +71,10 @@ class ModelCopy:
             rounded: Maps a weight to its rounded values.
         """
         for layer in attached_layers(self.model).values():
-            columns = Columns(neuron_dim(layer), layer.idx)
-            delta = layer.delta if columns.dim == -1 else layer.delta.T
-            columns.add_(layer.weight, delta.to(layer.weight.dtype))
-            layer.delta.zero_()
+            layer.columns.add_(layer.weight, layer.change.to(layer.weight.dtype))
+            layer.fold_bias_()
+            for delta in layer.deltas().values():
+                delta.zero_()
         # A Conv1D holds its output channels in columns.
         turned = {
             id(layer.weight) for layer in self.model.modules() if is_neuron_layer(layer) and not neuron_dim(layer)

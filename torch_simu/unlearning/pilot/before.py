@@ -27,9 +27,9 @@ class Before:
     def __init__(self, model: PreTrainedModel, config: UnlearnConfig) -> None:
         self._model = model
         self._flags = [(param, param.requires_grad) for param in model.parameters()]
-        self._deltas = {name: (layer.delta, layer.idx) for name, layer in attached_layers(model).items()}
+        self._deltas = {name: (layer.deltas(), layer.idx) for name, layer in attached_layers(model).items()}
         trained = {id(param): param for module in _trained(model, config) for param in module.parameters()}
-        trained |= {id(delta): delta for delta, _ in self._deltas.values()}
+        trained |= {id(delta): delta for deltas, _ in self._deltas.values() for delta in deltas.values()}
         self._weights = [
             (param, param.detach().to("cpu", copy=True)) for param in trained.values() if param.is_floating_point()
         ]
@@ -41,7 +41,9 @@ class Before:
         for name, layer in attached.items():
             if name in self._deltas:
                 # A further selection puts wider ones in their place.
-                layer.delta, layer.idx = self._deltas[name]
+                deltas, layer.idx = self._deltas[name]
+                for key, delta in deltas.items():
+                    setattr(layer, key, delta)
             else:
                 detach(layer)
         if attached and not self._deltas:

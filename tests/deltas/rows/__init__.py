@@ -1,0 +1,1 @@
+"""Deltas of rows, which make selected neurons."""
