@@ -50,6 +50,7 @@ APPLICATION_FLOORS = {
     "metrics": 2,
     "refresh": 2,
     "report": 2,
+    "rehearsal": 3,
     "localization": 3,
     "steps": 3,
     "driver": 4,

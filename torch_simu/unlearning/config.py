@@ -90,6 +90,7 @@ class UnlearnConfig:
         retain_weight: Weight of the retain loss.
         retain_term: "nll" for the objective's own, or "kl" for the divergence from the model before the first step on
             retain rows.
+        rehearsal: So many rows that the model writes itself join the retain set before the first step; see `rehearse`.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
         adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten; the forget
             gradient is taken there then. None: there is no adversary. See `Adversary`.
@@ -147,6 +148,7 @@ class UnlearnConfig:
     objective: str = None  # type: ignore[assignment]
     retain_weight: float = RETAIN_WEIGHT
     retain_term: Literal["nll", "kl"] = "nll"
+    rehearsal: int = 0
     balance: bool = None  # type: ignore[assignment]
     adversary_lr: float | None = None
     adversary_scope: Literal["trained", "all"] = "trained"
@@ -228,7 +230,8 @@ class UnlearnConfig:
         for field in dataclasses.fields(self):
             if field.name.endswith(("_size", "_steps", "_interval", "_rows")):
                 check_count(field.name, getattr(self, field.name))
-        check_count("seed", self.seed, low=0)
+        for name in ("rehearsal", "seed"):
+            check_count(name, getattr(self, name), low=0)
 
     @property
     def second_order(self) -> bool:

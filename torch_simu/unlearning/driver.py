@@ -32,6 +32,7 @@ from torch_simu.unlearning.objectives import Objective, Refusals, make_objective
 from torch_simu.unlearning.pace import pace
 from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
+from torch_simu.unlearning.rehearsal.rehearse import rehearse
 from torch_simu.unlearning.steps import StepBatches, Stepper, make_hooks, make_optimizer
 
 
@@ -125,6 +126,11 @@ def unlearn(
             selection, attribution = localize(
                 model, forget, retain, config, selection=selection, pad_id=pad_id, checkpoint=saved, progress=progress
             )
+            if config.rehearsal:
+                # Behind the attribution, which is of the rows that were given.
+                options = {"seed": config.seed, "batch_size": config.eval_batch_size, "pad_id": pad_id}
+                written = rehearse(model, retain, config.rehearsal, forget=forget, progress=progress, **options)
+                retain = [*retain, *written]
             params, optimizer = make_optimizer(model, selection, config)
             if objective is None:
                 # Before a checkpoint is loaded, and with what trains marked: some compare with the model as it is now.

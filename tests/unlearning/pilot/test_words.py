@@ -24,6 +24,7 @@ configs = st.builds(
         optional={
             "retain_weight": st.floats(0.0, 9.0),
             "retain_term": st.sampled_from(["nll", "kl"]),
+            "rehearsal": st.integers(0, 50),
             "objective": st.sampled_from(["probability", "grad_diff"]),
             "balance": st.booleans(),
             "adversary_lr": st.floats(1e-9, 1.0),

@@ -79,6 +79,9 @@ Curvature = Annotated[
     ),
 ]
 Damping = Annotated[float, typer.Option(help="Share of its mean that is added to the diagonal of a covariance.")]
+Rehearsal = Annotated[
+    int, typer.Option(help="So many rows that the model writes itself, about random words, are kept like retain rows.")
+]
 AdversaryLr = Annotated[
     float | None, typer.Option(help="Forget at a copy that relearns at this rate; slower, and lasts longer.")
 ]
