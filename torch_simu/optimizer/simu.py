@@ -180,7 +180,7 @@ class SIMUOptimizer(CurvatureUpdates):
             with torch.enable_grad():
                 loss = closure()
         entries = [self._entries([number]) for number in range(len(self.param_groups))]
-        finite = self._guard.passes(list(chain.from_iterable(entries)), self.param_groups, "step")
+        finite = self._guard.passes(chain.from_iterable(entries), self.param_groups, "step")
         if finite is False:
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
