@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes and some of the tests, to try the script")
     parser.add_argument("--parts", nargs="+", help="these parts only")
     parser.add_argument("--force", action="store_true", help="start anew, in place of an older result")
-    parser.add_argument("--out", type=Path, help="the result file; those of its parts are in a folder beside it")
+    parser.add_argument("--out", type=Path, help="the result file, *.json, or a folder for it; its parts are beside it")
     options = parser.parse_args()
     if options.wheels is not None:
         install(options.wheels)

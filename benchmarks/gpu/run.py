@@ -46,7 +46,9 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write("There is no CUDA device here; --device cpu --small tries the script.\n")
         return 2
     size = "_small" if options.small else ""
-    out = options.out or RESULTS / f"gpu_{options.device}{size}_{time.strftime('%Y%m')}.json"
+    out = options.out or RESULTS
+    if out.suffix != ".json":
+        out = out / f"gpu_{options.device}{size}_{time.strftime('%Y%m')}.json"
     folder = out.with_suffix("")
     if options.force and folder.exists():
         shutil.rmtree(folder)

@@ -2,7 +2,9 @@
 
 All kinds go over the same weights and gradients, and take turns, so that what else the machine does meets all of them.
 Time on the clock and of the processor are both kept: the second does not count what other programs take.
-Refreshes are timed from what hooks recorded of 512 positions; capturing them is timed beside. Their share of 100 steps
+A balanced step, which brings a forget gradient to the norm of a retain gradient before, is timed as it is and where it
+whitens their sum anew instead of adding up what was whitened. Refreshes are timed from what hooks recorded of 512
+positions; capturing them is timed beside. Their share of 100 steps
 is at the optimizer's own interval of 10 steps.
 The ways to solve one layer's step are compared by time, and by their error beside float64: of the solution, and of what
 it gives when it is multiplied back (the residual, relative to the sizes of solution and covariance).
@@ -24,6 +26,7 @@ from benchmarks.optimizer.peers import Problem, Size, state_bytes
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import NeuronSelection, SIMUOptimizer, register_neuron_hooks
 from torch_simu.hooks import NeuronHooks
+from torch_simu.optimizer import GradientBalance
 from torch_simu.whitening import damped_cholesky, whiten
 
 D_MODEL, D_FF, POSITIONS, INTERVAL = 1024, 4096, 512, 10
@@ -69,6 +72,28 @@ def hooks_of(problem: Problem, fraction: float) -> NeuronHooks:
     return hooks
 
 
+def balanced_step(optimizer: SIMUOptimizer, *, anew: bool) -> Timed:
+    """A step of two gradients that are brought to one norm, each that of the weights' `.grad`."""
+    balance = GradientBalance(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    kept = [weight.grad for weight in weights]
+
+    def step() -> None:
+        with balance.forget():
+            for weight, grad in zip(weights, kept, strict=True):
+                weight.grad = grad
+        for weight, grad in zip(weights, kept, strict=True):
+            weight.grad = grad.clone()
+        balance.combine_(retain_weight=2.0)
+        if anew:
+            optimizer._directions.clear()
+        optimizer.step()
+        for weight, grad in zip(weights, kept, strict=True):
+            weight.grad = grad
+
+    return step
+
+
 def measured(fraction: float, repeats: int) -> Iterator[dict[str, object]]:
     """Rows of steps, refreshes and state at one share of the neurons."""
     layers = LAYERS[fraction]
@@ -93,6 +118,14 @@ def measured(fraction: float, repeats: int) -> Iterator[dict[str, object]]:
     for what, timed, times in (("step", steps, repeats if fraction == 0.05 else few), ("refresh", refreshes, few)):
         for name, found in turns(timed, times).items():
             yield {"what": what, **common, "curvature": name, **found}
+    balanced = {
+        f"{name}{', the sum anew' if anew else ''}": balanced_step(each, anew=anew)
+        for name, each in optimizers.items()
+        if name != "diagonal"
+        for anew in (False, True)
+    }
+    for name, found in turns(balanced, few).items():
+        yield {"what": "balanced step", **common, "curvature": name, **found}
     activation, gradient = torch.randn(POSITIONS, D_FF), torch.randn(POSITIONS, D_MODEL)
     sides = {
         "neurons": [(record, activation) for record in hooks._records.values()],

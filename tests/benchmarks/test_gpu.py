@@ -50,6 +50,20 @@ def test_without_time_nothing_is_begun_and_what_is_missing_is_named(tmp_path, mo
     assert content["rows"] == [] and content["missing"] == ["tests", *TIMINGS]
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_takes_the_result_and_what_else_is_in_it_stays(tmp_path, monkeypatch, made):
+    monkeypatch.setattr("benchmarks.gpu.run.command", lambda: "")
+    out = tmp_path / "results"
+    if made:
+        out.mkdir()
+        (out / "other.json").write_text("{}")
+    options = {"device": "cpu", "small": True, "minutes": 0.0, "parts": None, "force": True}
+    assert run(argparse.Namespace(out=out, **options)) == 3
+    (result,) = out.glob("gpu_cpu_small_*.json")
+    assert json.loads(result.read_text())["rows"] == []
+    assert made == (out / "other.json").exists()
+
+
 def test_a_failed_test_and_a_slow_step_deny_the_claim():
     tests = {"device": "cuda", "what": "tests", "passed": 400, "failed": 1}
     slow = [

@@ -173,6 +173,18 @@ def test_reset_forgets_what_was_recorded_and_keeps_the_hooks() -> None:
     assert hooks[""].tolist() == [1.0, 1.0]
 
 
+def test_reset_of_some_layers_leaves_the_others() -> None:
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    with register_neuron_hooks(layers, ["0", "1"], reduce="covariance", outputs=True) as hooks:
+        layers(torch.ones(5, 2)).sum().backward()
+        hooks.reset("0")
+        assert not hooks.recorded("0") and set(hooks.outputs) == {"1"}
+        assert hooks.recorded("1")
+        with pytest.raises(KeyError, match="Layer '2' has no hook, expected one of"):
+            hooks.reset("1", "2")
+    assert hooks.recorded("1")
+
+
 def tiny(family: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 2}

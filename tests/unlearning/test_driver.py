@@ -138,9 +138,20 @@ def test_what_hooks_sum_is_forgotten_once_it_is_folded_in(memorized, monkeypatch
     model, examples = memorized
     made = []
     monkeypatch.setattr(driver, "make_hooks", lambda *given: made.append(make_hooks(*given)) or made[-1])
-    run(model, examples, FAST.updated(method="simu", max_steps=2, hessian_interval=1, lr=0.04, fraction=1.0))
+    held = []
+
+    class Watched(GradDiff):
+        def terms(self, model, forget, retain):
+            for term in super().terms(model, forget, retain):
+                yield term
+                held.append([any(map(hooks.recorded, hooks.layers)) for hooks in made])
+
+    config = FAST.updated(method="simu", max_steps=2, hessian_interval=1, lr=0.04, fraction=1.0)
+    run(model, examples, config, objective=Watched())
     (hooks,) = made
     assert len(hooks.layers) == RECIPE.num_layers and not any(map(hooks.recorded, hooks.layers))
+    # Also before the retain term is made.
+    assert held == 4 * [[False]]
 
 
 def test_optimizer_state_is_that_of_the_selected_neurons(memorized):
@@ -171,12 +182,13 @@ def test_modes_and_requires_grad_and_gradients_are_left_as_they_were(memorized):
     assert all(param.grad is None for param in model.parameters())
 
 
-def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(memorized):
+@pytest.mark.parametrize("method", ["all_neurons", "simu"])
+def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(memorized, method):
     model, examples = memorized
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     before = weights(model)
-    config = FAST.updated(method="all_neurons")
+    config = FAST.updated(method=method)
     with pytest.raises(
         NonFiniteLossError, match=r"The loss of step 1 is nan, expected a finite number. Lower lr \(it is 0.01\)"
     ):

@@ -143,10 +143,18 @@ class NeuronHooks(Mapping[str, Tensor]):
             raise TypeError(problem(f"position_mask is {what}", "a bool tensor or None", "Use attention_mask.bool()."))
         self._position_mask = mask
 
-    def reset(self) -> None:
-        """Forget everything recorded; the hooks stay."""
-        for record in self._all():
-            record.reset()
+    def reset(self, *layers: str) -> None:
+        """Forget everything recorded, or what was recorded of some layers; the hooks stay.
+
+        Raises:
+            KeyError: If a layer has no hook.
+        """
+        for name in layers:
+            self._record(name)
+        for records in (self._records, self._outputs):
+            for name in layers or records:
+                if name in records:
+                    records[name].reset()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -218,9 +226,7 @@ class NeuronHooks(Mapping[str, Tensor]):
         self.remove()
 
     def __getitem__(self, layer: str) -> Tensor:
-        if layer not in self._records:
-            raise KeyError(problem(f"Layer {layer!r} has no hook", f"one of {list(self._records)}"))
-        return self._records[layer].read()
+        return self._record(layer).read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
@@ -233,6 +239,11 @@ class NeuronHooks(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"NeuronHooks({list(self._records)})"
+
+    def _record(self, layer: str) -> LayerRecord:
+        if layer not in self._records:
+            raise KeyError(problem(f"Layer {layer!r} has no hook", f"one of {list(self._records)}"))
+        return self._records[layer]
 
     def _all(self) -> list[LayerRecord]:
         return [*self._records.values(), *self._outputs.values()]

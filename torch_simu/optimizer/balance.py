@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from torch_simu._checks import check_number, problem
 from torch_simu.optimizer.entries import Entry, Selected, aligned, entries_of, local, summed_over_shards
+from torch_simu.optimizer.simu import SIMUOptimizer
+from torch_simu.optimizer.stepping.directions import Directions, fits
 from torch_simu.optimizer.stepping.trust import square_norm, whitened
 from torch_simu.optimizer.storage import FACTORS
 
@@ -29,7 +31,8 @@ class GradientBalance:
     nothing is left to repair on the retain set. Norms are over trained entries only, in all shards. What a
     `SIMUOptimizer` whitens is balanced as it steps: layer by layer, with the norms of the whitened gradients, since the
     inverse of the forget set's covariance makes a forget gradient much shorter than a retain gradient. Refresh the
-    curvature before `combine_` then.
+    curvature before `combine_` then. On a processor the next step takes the sum of what was whitened, so that it solves
+    twice and not three times; where `.grad` or the curvature is another one by then it whitens anew.
 
     Args:
         optimizer: Any optimizer; of a `SIMUOptimizer` the selected entries count.
@@ -87,43 +90,33 @@ class GradientBalance:
         if not self._forget:
             wrong = "No forget gradient was recorded"
             raise RuntimeError(problem(wrong, "a backward inside balance.forget()", "Call it before combine_."))
-        forget, self._forget = list(self._forget.values()), {}
-        retain = self._entries()
-        ratios, floor = self._ratios(forget, retain, 1.0 if grad_scale is None else grad_scale)
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.grad.mul_(retain_weight)
-        for entry, ratio in zip(forget, ratios, strict=True):
-            param = entry.param
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            param.grad = aligned(param.grad, param)
-            grad = local(param.grad)
-            entry.columns.add_(grad, (entry.grad * (ratio * floor.to(ratio.device)).to(entry.grad)).to(grad.dtype))
-
-    def _ratios(
-        self, forget: Sequence[Entry], retain: Sequence[Entry], grad_scale: float | Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """Return by how much each forget gradient is shorter than its retain gradient, and how far the floor lifts it.
-
-        Where the retain gradient is zero the forget gradient is brought to the length of the floor.
-        """
-        plain = [_norm(entries) for entries in (forget, retain)]
-        lifted = (self._floor * grad_scale / plain[1].clamp(min=_TINY)).clamp(min=1.0)
-        found = [plain[1].clamp(min=_TINY) / plain[0].clamp(min=_TINY)] * len(forget)
-        shares = {entry.param: entry for entry in retain}
-        places, grads = [], []
-        for place, entry in enumerate(forget):
-            own, other = self._state(entry.param), shares.get(entry.param)
-            if own is not None and other is not None:
-                places.append(place)
-                grads += [(entry.param, whitened(own[0], each, own[1])) for each in (entry, other)]
-        squares = summed_over_shards([square_norm(grad) for _, grad in grads], [param for param, _ in grads])
-        norms = [square.double().sqrt().clamp(min=_TINY) for square in squares]
-        for place, forget_norm, retain_norm in zip(places, norms[::2], norms[1::2], strict=True):
-            found[place] = retain_norm / forget_norm
-        return found, lifted
+        forget, self._forget = self._forget, {}
+        retain = {entry.param: entry for entry in self._entries()}
+        plain = [_norm(list(entries.values())) for entries in (forget, retain)]
+        # Where the retain gradient is zero the forget gradient is brought to the length of the floor.
+        floor = self._floor * (1.0 if grad_scale is None else grad_scale)
+        lift = (floor / plain[1].clamp(min=_TINY)).clamp(min=1.0)
+        ratio = plain[1].clamp(min=_TINY) / plain[0].clamp(min=_TINY)
+        directions = _directions(self._optimizer)
+        directions.clear()
+        for param in [param for group in self._optimizer.param_groups for param in group["params"]]:
+            entry, other, own = forget.pop(param, None), retain.get(param), self._state(param)
+            sides = []
+            if entry is not None and other is not None and own is not None:
+                # Before the retain gradient is scaled, whose memory this may be.
+                sides = [whitened(own[0], each, own[1]) for each in (entry, other)]
+            if param.grad is not None:
+                param.grad.mul_(retain_weight)
+            if entry is None:
+                continue
+            scale = _ratio(sides, param) if sides else ratio
+            scale = scale * lift.to(scale.device)
+            _add(entry, scale)
+            if own is not None and sides and fits(entry):
+                # Whitening is linear, so the step need not solve once more.
+                direction = sides[1].mul_(retain_weight).add_(sides[0].mul_(scale.to(sides[0])))
+                summed = entry._replace(grad=entry.columns.gather(local(param.grad)))
+                directions.keep(own[0], summed, own[1], direction)
 
     def _state(self, param: Tensor) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
         """Return group and state of a parameter that is whitened; None where it is not, or not yet."""
@@ -154,6 +147,29 @@ def _kept(entry: Entry) -> Entry:
     """Return an entry whose gradient shares no memory: buckets of DDP hold the next one in the same place."""
     shares = entry.columns.indices is None and entry.grad.dtype == entry.param.dtype
     return entry._replace(grad=entry.grad.clone()) if shares else entry
+
+
+def _directions(optimizer: Optimizer) -> Directions:
+    """Return where an optimizer, wrapped or not, looks for directions; a place for nobody where it does not."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner._directions if isinstance(inner, SIMUOptimizer) else Directions()
+
+
+def _add(entry: Entry, scale: Tensor) -> None:
+    """Add a forget gradient, scaled, to what the parameter's `.grad` holds."""
+    param = entry.param
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    param.grad = aligned(param.grad, param)
+    grad = local(param.grad)
+    entry.columns.add_(grad, (entry.grad * scale.to(entry.grad)).to(grad.dtype))
+
+
+def _ratio(sides: Sequence[Tensor], param: Tensor) -> Tensor:
+    """Return by how much a whitened forget gradient is shorter than its retain gradient."""
+    squares = summed_over_shards([square_norm(side) for side in sides], [param, param])
+    norms = [square.double().sqrt().clamp(min=_TINY) for square in squares]
+    return norms[1] / norms[0]
 
 
 def _norm(entries: Sequence[Entry]) -> Tensor:

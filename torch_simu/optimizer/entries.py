@@ -182,9 +182,9 @@ def summed_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> li
     return found
 
 
-def agreed(finite: Tensor, entries: Sequence[Entry]) -> Tensor:
+def agreed(finite: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Return whether the gradients are finite in every process that holds a shard of a parameter."""
-    meshes = {entry.param.device_mesh for entry in entries if is_dtensor(entry.param)}
+    meshes = {param.device_mesh for param in params if is_dtensor(param)}
     for mesh in sorted(meshes, key=str):
         flag = finite.to(mesh.device_type, torch.int32)
         for dim in range(mesh.ndim):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,25 +33,30 @@ class Guard:
         """How many steps and refreshes were stopped; reads the device."""
         return self._here + sum(int(count) for count in self._there.values())
 
-    def passes(self, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], what: str) -> Tensor | bool:
+    def passes(self, entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], what: str) -> Tensor | bool:
         """Say whether all gradients are finite, in every process that holds a shard.
 
         Args:
-            entries: Their entries.
+            entries: Their entries; each is looked at before the next one is made.
             groups: The optimizer's, which say whether it is capturable.
             what: What is made of the gradients, for the warning.
 
         Returns:
             A bool on the CPU; a scalar on the device where reading it would wait, or `capturable` asks for it.
         """
-        if not entries:
+        params, devices = [], []
+        bounds: list[Tensor] = []
+        for entry in entries:
+            params.append(entry.param)
+            devices.append(entry.grad.device)
+            # Both are NaN where an entry is; one vectorized pass, unlike a norm.
+            bounds += torch.aminmax(entry.grad) if entry.grad.numel() else ()
+        if not params:
             return True
-        # Both are NaN where an entry is; one vectorized pass, unlike a norm.
-        bounds = [bound for entry in entries if entry.grad.numel() for bound in torch.aminmax(entry.grad)]
-        finite = torch.ones((), dtype=torch.bool, device=entries[0].grad.device)
+        finite = torch.ones((), dtype=torch.bool, device=devices[0])
         if bounds:
             finite = torch.stack([bound.isfinite().to(bounds[0].device) for bound in bounds]).all()
-        finite = agreed(finite, entries)
+        finite = agreed(finite, params)
         if finite.device.type == "cpu" and not any(group["capturable"] for group in groups):
             if finite:
                 return True

@@ -17,6 +17,7 @@ from torch_simu.optimizer.groups import checked_group, complete_group, dtype_nam
 from torch_simu.optimizer.guard import Guard
 from torch_simu.optimizer.loading import loading, saving
 from torch_simu.optimizer.reselection import reselect
+from torch_simu.optimizer.stepping.directions import Directions
 from torch_simu.optimizer.stepping.group import step_group
 from torch_simu.optimizer.stepping.health import health
 
@@ -131,16 +132,20 @@ class SIMUOptimizer(CurvatureUpdates):
             "num_steps": 0,
             "next_refresh": 1,
         }
+        self._make_own()
+        super().__init__(selected_groups(params, selection), defaults)
+
+    def _make_own(self) -> None:
         # Objects, because a wrapper may copy the attributes: both must go on with the same ones.
         self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
-        super().__init__(selected_groups(params, selection), defaults)
+        self._directions = Directions()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             complete_group(group, self.defaults)
         if "_guard" not in self.__dict__:
-            self._selected, self._estimates, self._guard = Selected(), Estimates(), Guard()
+            self._make_own()
         for each in (self._selected, self._estimates, self._guard):
             each.clear()
         # Known now: after a step on a device the counters are there.
@@ -175,11 +180,12 @@ class SIMUOptimizer(CurvatureUpdates):
             with torch.enable_grad():
                 loss = closure()
         entries = [self._entries([number]) for number in range(len(self.param_groups))]
-        finite = self._guard.passes(list(chain.from_iterable(entries)), self.param_groups, "step")
+        finite = self._guard.passes(chain.from_iterable(entries), self.param_groups, "step")
         if finite is False:
             return loss
         for group, group_entries in zip(self.param_groups, entries, strict=True):
-            step_group(group, group_entries, self.state, finite)
+            step_group(group, group_entries, self.state, finite, self._directions)
+        self._directions.clear()
         self._guard.count_step(self.param_groups)
         return loss
 

@@ -154,17 +154,19 @@ class Stepper:
             following = self.stream.batch("forget", number + 1)
             self.adversary.relearn(number, lambda: mean_answer_nll(model, following))
         terms = self.objective.terms(model, forget, self.stream.batch("retain", number))
-        found = differentiate(terms, balance=self.balance, at=partial(self._forgetting, due))
+
+        def backward(loss: Tensor) -> None:
+            if due:
+                # Before the curvature is refreshed, which is behind the forget term.
+                _check_loss(loss.item(), number, lr)
+            loss.backward()
+
+        found = differentiate(terms, balance=self.balance, at=partial(self._forgetting, due), backward=backward)
         losses = {name: (weight, loss.item()) for name, (weight, loss) in found.items()}
         record: Record = {"step": number + 1, "loss": sum(weight * value for weight, value in losses.values())}
         record |= {f"{name}_loss": value for name, (_, value) in losses.items()}
-        if not math.isfinite(record["loss"]):
-            wrong = f"The loss of step {number + 1} is {record['loss']}"
-            raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
-        if due and self.hooks is not None and isinstance(optimizer, SIMUOptimizer):
-            optimizer.update_curvature(self.hooks)
-            # The sums are as large as the factors that were made of them.
-            self.hooks.reset()
+        _check_loss(record["loss"], number, lr)
+        if due:
             record["refreshed"] = True
         if self.balance is not None:
             # First the retain gradient alone: its norm would take what is not finite into every parameter.
@@ -180,10 +182,15 @@ class Stepper:
 
     @contextmanager
     def _forgetting(self, due: bool) -> Iterator[None]:
-        """Make and differentiate the forget term in here: at the adversary, and seen by the hooks."""
+        """Make and differentiate the forget term in here: at the adversary, and seen by the hooks.
+
+        Behind it the curvature is refreshed where that is due: what hooks summed up is gone before the retain term.
+        """
         # With an adversary the covariance is that of the model which was taught again, where its gradients lie.
         with self.adversary.in_place() if self.adversary is not None else nullcontext(), self._recorded(due):
             yield
+        if due and self.hooks is not None and isinstance(self.optimizer, SIMUOptimizer):
+            self.optimizer.update_curvature(self.hooks, reset=True)
 
     @contextmanager
     def _recorded(self, due: bool) -> Iterator[None]:
@@ -193,6 +200,12 @@ class Stepper:
         self.hooks.reset()
         with self.hooks.recording():
             yield
+
+
+def _check_loss(loss: float, number: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        wrong = f"The loss of step {number + 1} is {loss}"
+        raise NonFiniteLossError(problem(wrong, "a finite number", f"Lower lr (it is {lr:g})."))
 
 
 def _check_gradients(model: PreTrainedModel, optimizer: Optimizer, number: int, lr: float) -> None:

@@ -102,8 +102,8 @@ def check_side(group: Mapping[str, Any], param: Tensor, name: str, layer: nn.Mod
 
 def covariances(
     layers: Sequence[Trained], hooks: NeuronHooks, process_group: dist.ProcessGroup | None
-) -> list[Covariances]:
-    """Return what all processes recorded of some layers.
+) -> Iterator[Covariances]:
+    """Yield what all processes recorded of each of some layers, made as it is asked for.
 
     Raises:
         ValueError: If the hooks are of other neurons than those that train.
@@ -113,7 +113,6 @@ def covariances(
     if layers and not any(recorded):
         # The error of any of them names the likely causes.
         raise NeuronHookError(str(_error(hooks, layers[0].name)))
-    found = []
     for trained, has in zip(layers, recorded, strict=True):
         grad, shape, dim = trained.entry.grad, trained.entry.param.shape, cast("int", trained.group["neuron_dim"])
         keys = factor_keys(trained.group)
@@ -125,14 +124,13 @@ def covariances(
             sides = {key: _seen(trained, hooks, key).to(grad) for key in keys}
             count = hooks.num_positions(trained.name).to(grad.device)
         if dist.is_available() and dist.is_initialized():
-            # Sums that were added up before are only scaled, and the count with them.
-            count = count.clone()
+            # Sums that were added up before are only scaled, and the count with them; what hooks hold stays as it is.
+            count, sides = count.clone(), {key: each.clone() for key, each in sides.items()}
             for each in (*sides.values(), count):
                 dist.all_reduce(each, dist.ReduceOp.SUM, process_group)
         of_gradients = "neuron_factor" if selects_rows(trained.group) else "output_factor"
         means = {key: _unit(each) if key == of_gradients else each / count.clamp(min=1) for key, each in sides.items()}
-        found.append(Covariances(means, count))
-    return found
+        yield Covariances(means, count)
 
 
 def _seen(trained: Trained, hooks: NeuronHooks, key: str) -> Tensor:
@@ -148,7 +146,10 @@ def _seen(trained: Trained, hooks: NeuronHooks, key: str) -> Tensor:
             wrong = f"The hooks on layer {trained.name!r} see {len(seen)} of its {width} inputs"
             raise ValueError(problem(wrong, "all, since rows of it train", "Register them with its name alone."))
         return total
-    places = _places(trained, hooks, outputs=outputs).to(total.device)
+    places = _places(trained, hooks, outputs=outputs)
+    if len(places) == len(total) and trained.entry.columns.indices is None and not _trains_delta(trained):
+        return total
+    places = places.to(total.device)
     return total.index_select(0, places).index_select(1, places)
 
 
@@ -184,7 +185,11 @@ def weight_norm(entry: Entry, trained: Trained | None = None, layers: Iterable[n
         layers: Those that may have a delta of that bias.
     """
     values = entry.gather()
+<<<<<<< HEAD
     if trained is not None and is_delta(entry.param, trained.layer):
+=======
+    if trained is not None and _trains_delta(trained):
+>>>>>>> job15
         layer = trained.layer
         weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
         dim = output_dim(layer) if layer.rows else neuron_dim(layer)
@@ -204,6 +209,10 @@ def is_delta(param: Tensor, layer: nn.Module) -> bool:
     return param is getattr(layer, "delta", None)
 
 
+def _trains_delta(trained: Trained) -> bool:
+    return _is_delta(trained.entry.param, trained.layer)
+
+
 def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
     try:
         hooks[layer]
@@ -215,7 +224,11 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
 def _places(trained: Trained, hooks: NeuronHooks, *, outputs: bool) -> Tensor:
     """Return where the neurons that train are among those that a hook saw."""
     seen, count = hooks.neurons(trained.name, outputs=outputs), len(trained.neurons)
+<<<<<<< HEAD
     if seen is not None and trained.entry.columns.indices is None and not is_delta(trained.entry.param, trained.layer):
+=======
+    if seen is not None and trained.entry.columns.indices is None and not _trains_delta(trained):
+>>>>>>> job15
         # All train: whether all were seen tells their number, for which no device is read.
         places = trained.neurons if len(seen) == count else None
     else:

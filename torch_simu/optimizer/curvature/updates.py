@@ -109,7 +109,9 @@ class CurvatureUpdates(Optimizer):
             self._refresh(numbers)
 
     @torch.no_grad()
-    def update_curvature(self, hooks: NeuronHooks, *, process_group: dist.ProcessGroup | None = None) -> None:
+    def update_curvature(
+        self, hooks: NeuronHooks, *, process_group: dist.ProcessGroup | None = None, reset: bool = False
+    ) -> None:
         r"""Refresh the covariances of `curvature="neurons"` and `"both"` from what hooks saw.
 
         $A \leftarrow \beta_2 A + (1 - \beta_2) \hat A$, with $\hat A$ the mean of $a a^T$ over the positions that a
@@ -120,6 +122,8 @@ class CurvatureUpdates(Optimizer):
         Args:
             hooks: Of `register_neuron_hooks(model, selection, reduce="covariance")`, with `outputs=True` for "both".
             process_group: All processes of it call this; what they recorded is added up. None: the default one.
+            reset: Whether the hooks forget what they recorded, each layer as it is folded in: their sums are as large
+                as the factors that are made of them.
 
         Raises:
             ValueError: If the hooks keep something else or miss a layer or neuron that trains, or no group takes this
@@ -141,18 +145,28 @@ class CurvatureUpdates(Optimizer):
             raise ValueError(problem(wrong, "hooks that do", advice))
         pairs = [(self.param_groups[number], entry) for number in numbers for entry in self._weights([number])]
         layers = list(trained_layers(pairs, hooks))
-        found = covariances(layers, hooks, process_group)
-        sides = [
+        # One process makes them twice, for the guard and to fold them in, and holds those of one layer at a time;
+        # several exchange them once.
+        exchanged = dist.is_available() and dist.is_initialized()
+        kept = list(covariances(layers, hooks, process_group)) if exchanged else None
+        sides = (
             trained.entry._replace(grad=side)
-            for trained, each in zip(layers, found, strict=True)
+            for trained, each in zip(layers, kept or covariances(layers, hooks, process_group), strict=True)
             for side in each.sides.values()
-        ]
+        )
         finite = self._guard.passes(sides, self.param_groups, "refresh")
+        if finite is not False:
+            self._guard.count_refresh()
+            last = {trained.name: number for number, trained in enumerate(layers)}
+            found = kept or covariances(layers, hooks, process_group)
+            for number, (trained, each) in enumerate(zip(layers, found, strict=True)):
+                if reset and last[trained.name] == number:
+                    hooks.reset(trained.name)
+                fold_factors(state_of(self.state, trained.group, trained.entry), trained, each, finite)
+        if reset:
+            hooks.reset()
         if finite is False:
             return
-        self._guard.count_refresh()
-        for trained, each in zip(layers, found, strict=True):
-            fold_factors(state_of(self.state, trained.group, trained.entry), trained, each, finite)
         for group, entry in pairs:
             state = state_of(self.state, group, entry)
             if "weight_norm" not in state:

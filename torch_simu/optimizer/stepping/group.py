@@ -11,14 +11,19 @@ from torch_simu.optimizer.counters import count_step, place_counters, schedule_r
 from torch_simu.optimizer.entries import Entry
 from torch_simu.optimizer.groups import WHITENED
 from torch_simu.optimizer.stepping.clipped import clip_entries
+from torch_simu.optimizer.stepping.directions import Directions
 from torch_simu.optimizer.stepping.state import fold, state_of
 from torch_simu.optimizer.stepping.trust import make_room, trust_entries, waits_for_state
 
 
 def step_group(
-    group: dict[str, Any], entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], finite: Tensor | bool
+    group: dict[str, Any],
+    entries: Sequence[Entry],
+    states: Mapping[Tensor, dict[str, Any]],
+    finite: Tensor | bool,
+    directions: Directions,
 ) -> None:
-    """Make one step of a group and count it, where `finite` is true."""
+    """Make one step of a group and count it, where `finite` is true; `directions` are those whitened before."""
     own = [state_of(states, group, entry) for entry in entries]
     if group["curvature"] in WHITENED and waits_for_state(group):
         make_room(group, entries, own)
@@ -29,7 +34,10 @@ def step_group(
     if refreshed is not False:
         for entry, state in zip(entries, own, strict=True):
             fold(group, state, entry.grad.square(), refreshed)
-    (trust_entries if group["curvature"] in WHITENED else clip_entries)(group, entries, own, finite)
+    if group["curvature"] in WHITENED:
+        trust_entries(group, entries, own, finite, directions)
+    else:
+        clip_entries(group, entries, own, finite)
     count_step(group, finite)
     if refreshed is not False:
         schedule_refresh(group, refreshed)

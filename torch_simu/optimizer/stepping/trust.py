@@ -14,6 +14,7 @@ from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import unrefreshed
 from torch_simu.optimizer.entries import Entry, local, stored, summed_over_shards
 from torch_simu.optimizer.groups import selects_rows
+from torch_simu.optimizer.stepping.directions import Directions
 from torch_simu.optimizer.stepping.writing import adds, selected_weight, step_size, write_weight
 from torch_simu.optimizer.storage import read, write
 from torch_simu.whitening import trust_step_, trust_update_, whiten
@@ -56,7 +57,11 @@ def factor_keys(group: Mapping[str, Any]) -> list[str]:
 
 
 def trust_entries(
-    group: Mapping[str, Any], entries: Sequence[Entry], states: Sequence[dict[str, Any]], finite: Tensor | bool
+    group: Mapping[str, Any],
+    entries: Sequence[Entry],
+    states: Sequence[dict[str, Any]],
+    finite: Tensor | bool,
+    kept: Directions,
 ) -> None:
     """Make one step of a group.
 
@@ -65,6 +70,7 @@ def trust_entries(
         entries: Of its parameters that have a gradient.
         states: Aligned with `entries`.
         finite: True, or a scalar on the device; where that is false nothing changes.
+        kept: Directions that were made before.
 
     Raises:
         RuntimeError: If the curvature was never refreshed.
@@ -73,7 +79,10 @@ def trust_entries(
         wrong = f"The curvature {group['curvature']!r} was never refreshed for these neurons"
         advice = "Call it before step whenever hessian_due says so."
         raise RuntimeError(problem(wrong, "update_curvature(hooks) before the first step", advice))
-    directions = [whitened(group, entry, state) for entry, state in zip(entries, states, strict=True)]
+    directions = []
+    for entry, state in zip(entries, states, strict=True):
+        direction = kept.take(group, entry, state)
+        directions.append(whitened(group, entry, state) if direction is None else direction)
     squares = [square_norm(direction) for direction in directions]
     norms = [each.sqrt() for each in summed_over_shards(squares, [entry.param for entry in entries])]
     for entry, state, direction, norm in zip(entries, states, directions, norms, strict=True):

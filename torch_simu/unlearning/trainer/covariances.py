@@ -70,8 +70,7 @@ class CovarianceRefresh:
         """
         if not self._optimizer.hessian_due:
             return False
-        self._optimizer.update_curvature(self._hooks)
-        self._hooks.reset()
+        self._optimizer.update_curvature(self._hooks, reset=True)
         return True
 
     def remove(self) -> None:
