@@ -185,11 +185,7 @@ def weight_norm(entry: Entry, trained: Trained | None = None, layers: Iterable[n
         layers: Those that may have a delta of that bias.
     """
     values = entry.gather()
-<<<<<<< HEAD
-    if trained is not None and is_delta(entry.param, trained.layer):
-=======
     if trained is not None and _trains_delta(trained):
->>>>>>> job15
         layer = trained.layer
         weight = decoded_weight(layer) if holds_codes(layer) else local(cast("Tensor", layer.weight)).detach()
         dim = output_dim(layer) if layer.rows else neuron_dim(layer)
@@ -210,7 +206,7 @@ def is_delta(param: Tensor, layer: nn.Module) -> bool:
 
 
 def _trains_delta(trained: Trained) -> bool:
-    return _is_delta(trained.entry.param, trained.layer)
+    return is_delta(trained.entry.param, trained.layer)
 
 
 def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
@@ -224,11 +220,7 @@ def _error(hooks: NeuronHooks, layer: str) -> NeuronHookError:
 def _places(trained: Trained, hooks: NeuronHooks, *, outputs: bool) -> Tensor:
     """Return where the neurons that train are among those that a hook saw."""
     seen, count = hooks.neurons(trained.name, outputs=outputs), len(trained.neurons)
-<<<<<<< HEAD
-    if seen is not None and trained.entry.columns.indices is None and not is_delta(trained.entry.param, trained.layer):
-=======
     if seen is not None and trained.entry.columns.indices is None and not _trains_delta(trained):
->>>>>>> job15
         # All train: whether all were seen tells their number, for which no device is read.
         places = trained.neurons if len(seen) == count else None
     else:
