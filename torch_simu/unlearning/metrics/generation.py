@@ -173,10 +173,10 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
 
 
 def rouge_l_f1(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
-    """Return, pair by pair, the harmonic mean of the shares of both texts' words that they share, in [0, 1].
+    """Return, pair by pair, the harmonic mean of the shares of words that generated text and answer have in common.
 
-    What they share is their longest common subsequence (Lin 2004, ROUGE-L), of whole words: nothing is stemmed, as in
-    MUSE.
+    They have their longest common subsequence in common (Lin 2004, ROUGE-L), of whole words: nothing is stemmed, as in
+    MUSE. Each is in [0, 1].
 
     Raises:
         ImportError: If the package `rouge-score` is not installed.

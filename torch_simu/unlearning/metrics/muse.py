@@ -52,7 +52,7 @@ def privacy_leakage(auc: float, retrained_auc: float) -> float | None:
 
 
 def answer_part(generated: str) -> str:
-    r"""Return what a model said before it began a new paragraph or another question.
+    r"""Return what a generated text says before it begins a new paragraph or another question.
 
     Examples:
         >>> answer_part("In Rome.\nQuestion: Where?")
