@@ -11,6 +11,7 @@ from benchmarks.forgetting.harness.tables import kept_and_back, variants
 from benchmarks.forgetting.recommended import recommended
 from benchmarks.job.pages import jobs
 from benchmarks.optimizer.beside import beside
+from benchmarks.planted import group_masks
 from benchmarks.planted.budgets import quality
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
@@ -253,6 +254,9 @@ TABLES = {
     "hooks": hooks,
     "planted": planted,
     "planted_masks": planted_masks,
+    "planted_groups": lambda: group_masks.scores_table(loaded("planted_groups")["rows"]),
+    "planted_groups_without": lambda: group_masks.without_table(loaded("planted_groups")["rows"]),
+    "planted_groups_erased": lambda: group_masks.erased_table(loaded("planted_groups")["rows"]),
     "robustness": robustness,
     "deltas": deltas,
     "reliability": reliability,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import cast
@@ -60,8 +60,8 @@ class Planted:
     steps: int
 
 
-def make_sets(recipe: PlantingRecipe, seed: int) -> tuple[Sets, int]:
-    """Write the facts of every set, and say how many words they use."""
+def make_rows(recipe: PlantingRecipe, seed: int) -> dict[str, list[dict[str, str]]]:
+    """Write the facts of every set."""
     # Without a topic of their own, planted facts differ from the others in nothing but their names.
     corpus = make_corpus(
         seed,
@@ -71,28 +71,39 @@ def make_sets(recipe: PlantingRecipe, seed: int) -> tuple[Sets, int]:
         topic_share=0.5,
     )
     cut = len(corpus.retain) * 3 // 4
-    parts = {
+    return {
         "forget": corpus.forget,
         "retain": corpus.retain[:cut],
         "world": corpus.world,
         "unrelated": corpus.retain[cut:],
     }
-    tokenizer = make_tokenizer(text for part in parts.values() for row in part for text in row.values())
-    return {name: encode(rows_from_records(part), tokenizer) for name, part in parts.items()}, len(tokenizer)
 
 
-def train_base(recipe: PlantingRecipe, sets: Sets, vocabulary: int, seed: int) -> PreTrainedModel:
-    """Make a model that has memorized the retain and the world set."""
-    sizes = DemoRecipe(d_model=recipe.d_model, d_ff=recipe.d_ff, num_layers=recipe.num_layers)
-    model = make_model(sizes, vocabulary, seed)
-    memorize(model, [*sets["retain"], *sets["world"]], config=dataclasses.replace(recipe.training, seed=seed))
-    return model.eval()
+def encoded(rows: Mapping[str, Sequence[Mapping[str, str]]]) -> tuple[Sets, int]:
+    """The facts of every set as tokens, and how many words they use."""
+    tokenizer = make_tokenizer(text for part in rows.values() for row in part for text in row.values())
+    return {name: encode(rows_from_records(part), tokenizer) for name, part in rows.items()}, len(tokenizer)
+
+
+def make_base(recipe: PlantingRecipe, vocabulary: int, seed: int) -> PreTrainedModel:
+    """Make a model that knows nothing."""
+    return make_model(
+        DemoRecipe(d_model=recipe.d_model, d_ff=recipe.d_ff, num_layers=recipe.num_layers), vocabulary, seed
+    )
+
+
+def train_base(model: PreTrainedModel, recipe: PlantingRecipe, sets: Sets, names: Iterable[str], seed: int) -> None:
+    """Let a model memorize some sets."""
+    config = dataclasses.replace(recipe.training, seed=seed)
+    memorize(model, [fact for name in names for fact in sets[name]], config=config)
+    model.eval()
 
 
 def plant(recipe: PlantingRecipe, seed: int) -> Planted:
     """Train a model, then plant the forget set in random columns that keep their norms."""
-    sets, vocabulary = make_sets(recipe, seed)
-    base = train_base(recipe, sets, vocabulary, seed)
+    sets, vocabulary = encoded(make_rows(recipe, seed))
+    base = make_base(recipe, vocabulary, seed)
+    train_base(base, recipe, sets, ("retain", "world"), seed)
     model = copy.deepcopy(base)
     selection = NeuronSelection.random(model, recipe.share, torch.Generator().manual_seed(seed))
     planted = Planted(model, base, selection, sets, _plant(model, selection, sets, recipe, seed))

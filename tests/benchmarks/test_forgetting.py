@@ -21,7 +21,7 @@ from benchmarks.forgetting.harness.contenders import (
     linear_layers,
     third_by_dual,
 )
-from benchmarks.forgetting.harness.measures import measured, moved
+from benchmarks.forgetting.harness.measures import influence, measured, moved
 from benchmarks.forgetting.harness.rows import documents, side_by_side
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.shapes import SHAPES
@@ -195,5 +195,17 @@ def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
 
 def test_what_a_row_lacks_is_not_measured(case: Case) -> None:
     found = measured(case.model, case)
-    assert {"moved", "forget", "retain", "world"} == set(found)
+    assert {"moved", "influence", "forget", "retain", "world"} == set(found)
     assert found["retain"]["kept"] == pytest.approx(1.0)
+    assert found["influence"] == {"lost": 0.0, "suppressing": 0.0, "hiding": 0.0}
+
+
+def test_a_model_whose_neurons_write_the_opposite_hides(case: Case) -> None:
+    silent, turned = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    with torch.no_grad():
+        for factor, model in ((0.0, silent), (-1.0, turned)):
+            for layer in down_projections(model).values():
+                neuron_weight(layer).mul_(factor)
+    # What writes nothing has no influence, so that all is erased and nothing hides it.
+    assert influence(silent, case) == {"lost": 1.0, "suppressing": 0.0, "hiding": 0.0}
+    assert influence(turned, case)["suppressing"] > 0

@@ -232,3 +232,28 @@ def test_a_model_that_is_not_there_is_missed_before_the_reference_is_measured(fi
     missing = options(files, "forget", "retain", model="./nothing")
     assert call("evaluate", *missing, "--reference", files / "model") == 2
     assert_one_line(capsys, "Model folder './nothing' does not exist")
+
+
+def test_the_muse_suite_gives_its_figures_beside_a_reference_that_was_measured_before(files, tmp_path, capsys):  # noqa: F811
+    fiction = make_fiction(RECIPE, seed=0)
+    words = ["--model", files / "model", "--suite", "muse", "--max-new-tokens", 4]
+    for name, part, kind in (("forget", "forget", "text"), ("retain", "retain", ""), ("unseen", "world", "text")):
+        rows = [
+            {"text": f"{row.question} {row.answer}"} if kind else {"question": row.question, "answer": row.answer}
+            for row in fiction.rows[part][:3]
+        ]
+        words += [f"--{name}", write(tmp_path / f"muse_{name}.jsonl", *rows)]
+    assert call("evaluate", *words, "--out", tmp_path / "muse.json") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("verbmem", "knowmem_retain", "min_k_auc"))
+    assert "knowmem_forget" not in shown and "privleak" not in shown
+    assert call("evaluate", *words, "--reference", tmp_path / "muse.json") == 0
+    figures = json.loads((tmp_path / "muse.json").read_text())
+    if figures["suites"]["model"]["min_k_auc"]:
+        assert "privleak: 0" in capsys.readouterr().out
+    del figures["suites"]["model"]["min_k_auc"]
+    (tmp_path / "muse.json").write_text(json.dumps(figures))
+    assert call("evaluate", *words, "--reference", tmp_path / "muse.json") == 2
+    assert_one_line(capsys, "min_k_auc of the reference")
+    assert call("evaluate", *options(files, "forget", "retain"), "--suite", "muse") == 2
+    assert_one_line(capsys, "'unseen'")

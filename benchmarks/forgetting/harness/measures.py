@@ -1,17 +1,21 @@
-"""What is measured of a model: what it knows of each set, how far it moved, what gives away what it was taught."""
+"""What is measured of a model: what it knows of each set, how far it moved, what it hides, what gives it away."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import BATCH, Case
-from torch_simu.unlearning.data.examples import encode
+from torch_simu import attribute_neurons
+from torch_simu.unlearning.data.batches import batches_in_order, evenly
+from torch_simu.unlearning.data.examples import Example, encode
 from torch_simu.unlearning.metrics.generation import generate_answers
+from torch_simu.unlearning.metrics.hiding import influence_change
 from torch_simu.unlearning.metrics.lume import lume_figures
 from torch_simu.unlearning.metrics.membership import membership_auc
 from torch_simu.unlearning.metrics.scoring import score_answers
@@ -19,12 +23,15 @@ from torch_simu.unlearning.metrics.tofu import wrong_answers
 from torch_simu.unlearning.metrics.truth_ratio import log_truth_ratio, truth_ratio_score
 
 SHOWN = ("em", "es", "probability")
+ATTRIBUTED = 24
+"""Forget rows at most whose neurons are attributed."""
 
 
 def measured(model: PreTrainedModel, case: Case) -> dict[str, Any]:
     """All measures of a model that a case has the rows for."""
     found, probabilities = known_of(model, case)
     found["moved"] = moved(model, case.model)
+    found["influence"] = influence(model, case)
     if "unseen" in case.sets:
         found["membership"] = membership_auc(probabilities["forget"], probabilities["unseen"])
     if "options" in case.rows:
@@ -60,6 +67,20 @@ def moved(model: PreTrainedModel, start: PreTrainedModel) -> float:
     pairs = [(new.detach(), old.detach()) for new, old in zip(model.parameters(), start.parameters(), strict=True)]
     change = sum(float((new - old).double().square().sum()) for new, old in pairs)
     return (change / sum(float(old.double().square().sum()) for _, old in pairs)) ** 0.5
+
+
+def influence(model: PreTrainedModel, case: Case) -> dict[str, float]:
+    """What the neurons that supported forget answers have lost, and what others suppress now, by SSIUU's diagnostic."""
+    rows = evenly(case.sets["forget"], ATTRIBUTED)
+    change = influence_change(influences(case.model, rows), influences(model, rows))
+    return {"lost": change.lost, "suppressing": change.suppressing, "hiding": change.hiding}
+
+
+def influences(model: PreTrainedModel, rows: Sequence[Example]) -> Mapping[str, Tensor]:
+    """The attribution of the answers' probability to every neuron, by one midpoint."""
+    return attribute_neurons(
+        model, batches_in_order(rows, ATTRIBUTED), objective="prob", steps=1, max_completeness_error=None
+    ).scores
 
 
 def truth(model: PreTrainedModel, case: Case) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def measures(result: Mapping[str, Any]) -> Iterator[str]:
         "frontier": lambda row: frontier(row["trace"]) if "trace" in row else None,
         "KL to the start": divergence,
         "weights moved": lambda row: row.get("moved"),
+        "hiding": lambda row: row["influence"]["hiding"] if "influence" in row else None,
         "forget ES": of_set("forget", "es"),
         "forget EM": of_set("forget", "em"),
         "in other words, prob.": of_set("otherwise", "probability"),

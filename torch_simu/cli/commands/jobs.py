@@ -160,6 +160,7 @@ def evaluate(
     attack: options.Attack = False,
     real_authors: options.TofuRows = None,
     world_facts: options.TofuRows = None,
+    unseen: options.MuseRows = None,
     out: options.OutFile = None,
     batch_size: options.BatchSize = _RUN.forget_batch_size,
     max_length: options.MaxLength = None,
@@ -168,10 +169,10 @@ def evaluate(
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
-    """Measure what a model knows of both sets, beside a reference model, and as TOFU or LUME do."""
+    """Measure what a model knows of both sets, beside a reference model, and as TOFU, LUME or MUSE do."""
     console = Console()
     sets = {"forget": forget, "retain": retain}
-    extra = {"real_authors": real_authors, "world_facts": world_facts}
+    extra = {"real_authors": real_authors, "world_facts": world_facts, "unseen": unseen}
     sets |= {name: source for name, source in extra.items() if source is not None}
     with progress_bars(console) as progress:
         report, figures = evaluate_job(

@@ -54,6 +54,7 @@ RowKey = Annotated[
     Path | None, typer.Option(help="File of the key under which the report names the rows; OUT.key, made if missing.")
 ]
 TofuRows = Annotated[str | None, typer.Option(help="Rows for --suite tofu.")]
+MuseRows = Annotated[str | None, typer.Option(help="Rows like those to forget that no model saw, for --suite muse.")]
 Reference = Annotated[
     str | None,
     typer.Option(help="A model that never saw the forget set, or the file that --out wrote when it was measured."),

@@ -172,6 +172,29 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
     ]
 
 
+def rouge_l_f1(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
+    """Return, pair by pair, the harmonic mean of the shares of words that generated text and answer have in common.
+
+    They have their longest common subsequence in common (Lin 2004, ROUGE-L), of whole words: nothing is stemmed, as in
+    MUSE. Each is in [0, 1].
+
+    Raises:
+        ImportError: If the package `rouge-score` is not installed.
+
+    Examples:
+        >>> rouge_l_f1(["she wrote two long novels"], ["Jane wrote novels"])
+        [0.5]
+    """
+    check_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return [
+        float(scorer.score(target=answer, prediction=text)["rougeL"].fmeasure)
+        for text, answer in zip(generated, answers, strict=True)
+    ]
+
+
 def _batches(
     model: PreTrainedModel, examples: Sequence[Example], limit: int, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:

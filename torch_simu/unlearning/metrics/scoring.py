@@ -10,17 +10,18 @@ With $p_t$ the probability of the answer's token $t$ of $T$, and a position *rig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from torch_simu._checks import problem
+from torch_simu._checks import check_number, problem
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning.data.batches import batches_of_similar_length
 from torch_simu.unlearning.data.examples import Example, collate
@@ -130,12 +131,41 @@ def extraction_strength(tokens: TokenScores) -> Tensor:
     return (tokens.scored & (wrong_from_here == 0)).sum(dim=1) / tokens.scored.sum(dim=1)
 
 
+def min_k_log_probability(tokens: TokenScores, share: float = 0.4) -> Tensor:
+    """Return the mean log-probability of each row's least probable scored labels. Shape: `(batch,)`.
+
+    Min-K% (Shi et al. 2023, arXiv 2310.16789): a row that was learned has no label that surprises. Of n scored labels
+    the least probable `share * n` count, rounded down, but at least one.
+
+    Args:
+        tokens: Of a batch.
+        share: Share of the labels that count; 0.4 in MUSE.
+
+    Examples:
+        >>> logits = torch.tensor([[[0.0, 0.0], [9.0, 0.0], [0.0, 0.0]]])
+        >>> min_k_log_probability(score_tokens(logits, torch.tensor([[-100, 0, 0]]))).exp()
+        tensor([0.5000])
+    """
+    check_number("share", share, high=1.0, low_open=True)
+    counts = (share * tokens.scored.sum(dim=1)).long().clamp(min=1)
+    ordered = tokens.nll.masked_fill(~tokens.scored, -1.0).sort(dim=1, descending=True).values
+    chosen = torch.arange(ordered.shape[1], device=ordered.device) < counts[:, None]
+    return -(ordered * chosen).sum(dim=1) / counts
+
+
+MEASURES: Mapping[str, Callable[[TokenScores], Tensor]] = MappingProxyType(
+    {"nll": mean_nll, "probability": probability, "em": exact_memorization, "es": extraction_strength}
+)
+"""Measure -> its value for each row of a batch."""
+
+
 def score_answers(
     model: PreTrainedModel,
     examples: Sequence[Example],
     *,
     batch_size: int = 32,
     pad_id: int = 0,
+    measures: Mapping[str, Callable[[TokenScores], Tensor]] = MEASURES,
     progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Score the answer of each example on the model's device, in eval mode and without gradients.
@@ -145,10 +175,12 @@ def score_answers(
         examples: Encoded rows, as `torch_simu.unlearning.data.examples.encode` makes them.
         batch_size: Examples per forward pass.
         pad_id: The token id to pad with.
+        measures: Name -> what is measured of each row.
         progress: Told of the stage "score" after each batch, in rows.
 
     Returns:
-        "nll" (mean per token, in nats), "probability", "em" and "es", each with one value per example, in order.
+        Each measure with one value per example, in order: "nll" (mean per token, in nats), "probability", "em" and
+        "es" unless others are asked for.
 
     Raises:
         ValueError: If there is no example, or one has no scored position.
@@ -157,7 +189,6 @@ def score_answers(
     if not examples:
         raise ValueError(problem("There is no example to score", "at least one"))
     check_fits(model, examples)
-    measures = {"nll": mean_nll, "probability": probability, "em": exact_memorization, "es": extraction_strength}
     values = {name: [0.0] * len(examples) for name in measures}
     device = next(model.parameters()).device
     done = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from torch_simu._checks import check_number, problem
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.lume import check_lume, lume_suite
+from torch_simu.unlearning.metrics.muse import check_muse, muse_suite
 from torch_simu.unlearning.metrics.tofu import check_tofu, tofu_suite
 from torch_simu.unlearning.metrics.truth_ratio import AVERAGES
 from torch_simu.unlearning.progress import Progress
@@ -142,10 +143,48 @@ def _lume(
     return lume_suite(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress)
 
 
+def _check_muse(sets: Mapping[str, Sequence[Row]], *, compared: bool, reference: Figures | None) -> None:
+    check_muse(sets)
+    _min_k_auc(reference)
+
+
+def _min_k_auc(figures: Figures | None) -> float | None:
+    """Return what PrivLeak needs of a reference; the figures may come from a file."""
+    return None if figures is None else check_number("min_k_auc of the reference", figures.get("min_k_auc"), high=1.0)
+
+
+def _muse(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[Row]],
+    *,
+    reference: Figures | None,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None,
+) -> Figures:
+    return muse_suite(
+        model,
+        tokenizer,
+        sets,
+        reference=_min_k_auc(reference),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+
+
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "tofu": Suite(_tofu, ("model_utility", "forget_quality"), ("real_authors", "world_facts"), check=_check_tofu),
         "lume": Suite(_lume, ("task_aggregate",), max_new_tokens=256, check=_check_lume),
+        "muse": Suite(
+            _muse,
+            ("verbmem", "knowmem_forget", "knowmem_retain", "min_k_auc", "privleak"),
+            ("unseen",),
+            max_new_tokens=128,
+            check=_check_muse,
+        ),
     }
 )
 """Name -> suite."""
