@@ -1,0 +1,78 @@
+"""Every variant by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from benchmarks.forgetting.cases import Case
+from benchmarks.forgetting.lasting import Row
+from benchmarks.forgetting.tried.bound import Bounded
+from benchmarks.forgetting.tried.clip import Clipped
+from benchmarks.forgetting.tried.configured import LR, configured
+from benchmarks.forgetting.tried.ending import UntilUnpredicted
+from benchmarks.forgetting.tried.folds import folded
+from benchmarks.forgetting.tried.loop import looped
+from benchmarks.forgetting.tried.outputs import OfRank
+from benchmarks.forgetting.tried.paraphrases import Paraphrased
+from benchmarks.forgetting.tried.rehearsal import answers, rehearsed
+from benchmarks.forgetting.tried.subspace import Projected
+from benchmarks.forgetting.tried.supporting import Supporting, TowardZero
+from torch_simu.unlearning.config import own_choices
+
+Variant = Callable[[Case, int], tuple[PreTrainedModel, Row]]
+
+AT_RANDOM: dict[str, Any] = {"method": "random_neurons", "fraction": 0.3, "paced": False, "lr": LR}
+TRAINED: dict[str, Any] = {"adversary_lr": 3e-4}
+ALL: dict[str, Any] = {"adversary_lr": 3e-4, "adversary_scope": "all"}
+LESS: dict[str, Any] = {"adversary_lr": 1e-4, "adversary_scope": "all"}
+
+VARIANTS: Mapping[str, Variant] = {
+    "simu": configured,
+    "the same as a plain loop": looped,
+    "retain term KL": partial(configured, retain_term="kl"),
+    "retain weight 4": partial(configured, retain_weight=4.0),
+    "objective NPO": partial(configured, objective="npo"),
+    "objective SimNPO": partial(configured, objective="simnpo"),
+    "objective SatImp": partial(configured, objective="satimp"),
+    "curvature of the neurons only": partial(configured, curvature="neurons"),
+    "covariance of the outputs of rank 8": partial(looped, kind=OfRank, rank=8),
+    "covariance of the outputs of rank 32": partial(looped, kind=OfRank, rank=32),
+    "30 % of the neurons, contrast": partial(configured, fraction=0.3),
+    "30 % of the neurons, at random": partial(configured, **{**own_choices("simu"), **AT_RANDOM}),
+    "units: gate and up rows, too": partial(configured, units=True),
+    "neurons that support the forget set": partial(looped, kind=Supporting),
+    "... and toward zero only": partial(looped, kind=TowardZero),
+    "leading 30 % of the directions": partial(looped, kind=Projected, share=0.3, leading=True),
+    "trailing 30 % of the directions": partial(looped, kind=Projected, share=0.3, leading=False),
+    "four layered folds": partial(folded, folds=4),
+    "forget rows in other words, too": partial(looped, kind=Paraphrased),
+    "step by the predicted retain loss, 0.003": partial(looped, kind=Bounded, lr=0.08, bound=0.003),
+    "step by the predicted retain loss, 0.01": partial(looped, kind=Bounded, lr=0.08, bound=0.01),
+    "Sophia's clip, 5e-4": partial(looped, kind=Clipped, clipped_lr=5e-4),
+    "Sophia's clip, 1e-3": partial(looped, kind=Clipped, clipped_lr=1e-3),
+    "Sophia's clip, 2e-3": partial(looped, kind=Clipped, clipped_lr=2e-3),
+    "to 0.05": partial(looped, probability=0.05),
+    "to 0.02": partial(looped, probability=0.02),
+    "to the EM of the retrained": partial(looped, kind=UntilUnpredicted),
+    "200 texts of its own rehearsed": partial(rehearsed, samples=200),
+    "400 answers of its own rehearsed": partial(rehearsed, samples=400, writer=answers),
+    "adversary, trained weights": partial(configured, **TRAINED),
+    "adversary, all weights": partial(configured, **ALL),
+    "adversary, all weights, 1e-4": partial(configured, **LESS),
+    "..., lr .02": partial(configured, **ALL, lr=0.02),
+    "..., KL": partial(configured, **ALL, retain_term="kl"),
+    "..., retain weight 4": partial(configured, **ALL, retain_weight=4.0),
+    "..., NPO": partial(configured, **ALL, objective="npo"),
+    "..., rehearsal": partial(rehearsed, samples=200, **ALL),
+    "..., answers": partial(rehearsed, samples=400, writer=answers, **ALL),
+    "..., answers, KL": partial(rehearsed, samples=400, writer=answers, retain_term="kl", **ALL),
+    "..., interval 10": partial(configured, **ALL, adversary_interval=10),
+    "..., damping .3": partial(configured, **ALL, damping=0.3),
+    "..., late": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
+    "..., retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
+    "..., rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
+}
