@@ -14,6 +14,7 @@ from benchmarks.forgetting import variants
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.harness.targets import TARGETS, case_of
 from benchmarks.forgetting.tried import configured as by_driver
+from benchmarks.forgetting.tried.averaging import Averaged
 from benchmarks.forgetting.tried.bound import Bounded, share_below
 from benchmarks.forgetting.tried.clip import Clipped
 from benchmarks.forgetting.tried.configured import configured
@@ -24,6 +25,7 @@ from benchmarks.forgetting.tried.paraphrases import paraphrase, paraphrases
 from benchmarks.forgetting.tried.rehearsal import answers, rehearsed, texts
 from benchmarks.forgetting.tried.subspace import Projected, basis
 from benchmarks.forgetting.tried.supporting import TowardZero
+from benchmarks.verdicts.claims import CLAIMS
 from torch_simu.layers import down_projections
 from torch_simu.unlearning.objectives import mean_answer_nll
 
@@ -127,6 +129,18 @@ def test_the_predicted_rise_is_that_of_the_retain_loss(case: Case) -> None:
     loop.run()
     first, second = loop.predicted[-1]
     assert first + second == pytest.approx(losses[-1] - losses[-2], rel=0.3)
+
+
+def test_weights_are_averaged_over_the_steps(case: Case) -> None:
+    plain, last = (weights(looped(case, 0, **SHORT, **kind)[0]) for kind in ({}, {"kind": Averaged, "decay": 0.0}))
+    assert all(torch.equal(value, last[name]) for name, value in plain.items())
+    expected = {name: value.clone() for name, value in weights(case.model).items()}
+    for steps in range(1, 4):
+        for name, value in weights(looped(case, 0, max_steps=steps)[0]).items():
+            expected[name] = 0.8 * expected[name] + 0.2 * value
+    ours = weights(looped(case, 0, kind=Averaged, decay=0.8, max_steps=3)[0])
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("first", "second", "bound"), [(0.3, 0.2, 0.1), (-0.1, 2.0, 0.1), (0.5, 0.0, 0.1)])
@@ -236,3 +250,36 @@ def test_variants_go_on_from_their_rows(case: Case, tmp_path: Path, monkeypatch:
     assert ran == ["simu", "other"] and again["rows"][:1] == first["rows"]
     assert [row["variant"] for row in again["rows"]] == ["simu", "other"]
     assert {"forget", "retain", "world", "back", "moved", "steps"} <= set(again["rows"][1])
+
+
+def figures(variant: str, world: float, back: float, seeds: int = 3, **more: object) -> list[dict]:
+    """Rows of a variant, a little above and below its figures."""
+    return [
+        {
+            "seed": seed,
+            "variant": variant,
+            "reached": True,
+            "retain": {"whole": 1.0},
+            "world": {"whole": world + noise},
+            "back": {"probability": back - noise},
+            **more,
+        }
+        for seed, noise in zip(range(seeds), (0.0, 0.01, -0.01), strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (figures("other", 0.95, 0.26), [1, 1]),
+        (figures("other", 0.94, 0.26), [1, 0]),
+        (figures("other", 0.95, 0.27), [1, 0]),
+        (figures("other", 0.92, 0.2), [0, 0]),
+        (figures("other", 0.95, 0.45), [0, 0]),
+        (figures("other", 0.95, 0.26, seeds=2), [1, 0]),
+        (figures("other", 0.95, 0.26, reached=False), [0, 0]),
+    ],
+)
+def test_a_change_is_better_in_all_three_or_reaches_both_bars(rows: list[dict], expected: list[int]) -> None:
+    parts = CLAIMS["variants"].verdict({"rows": [*figures("simu", 0.93, 0.4), *rows]})["parts"]
+    assert [each["measured"] for each in parts] == expected

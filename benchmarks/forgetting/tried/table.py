@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.lasting import Row
+from benchmarks.forgetting.tried.averaging import Averaged
 from benchmarks.forgetting.tried.bound import Bounded
 from benchmarks.forgetting.tried.clip import Clipped
 from benchmarks.forgetting.tried.configured import LR, configured
@@ -74,5 +75,11 @@ VARIANTS: Mapping[str, Variant] = {
     "..., damping .3": partial(configured, **ALL, damping=0.3),
     "..., late": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
     "..., retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
+    "..., averaged": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
+    "averaged": partial(looped, kind=Averaged, decay=0.95),
+    "..., 1e-4, lr .02, texts": partial(rehearsed, samples=200, lr=0.02, **LESS),
+    "..., 1e-4, lr .02, answers, KL": partial(
+        rehearsed, samples=400, writer=answers, lr=0.02, retain_term="kl", **LESS
+    ),
     "..., rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
 }
