@@ -30,6 +30,8 @@ AT_RANDOM: dict[str, Any] = {"method": "random_neurons", "fraction": 0.3, "paced
 TRAINED: dict[str, Any] = {"adversary_lr": 3e-4}
 ALL: dict[str, Any] = {"adversary_lr": 3e-4, "adversary_scope": "all"}
 LESS: dict[str, Any] = {"adversary_lr": 1e-4, "adversary_scope": "all"}
+# Twice the retain batch, so that as many retain rows are in it as without.
+ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl", "retain_batch_size": 48}
 
 VARIANTS: Mapping[str, Variant] = {
     "simu": configured,
@@ -59,27 +61,21 @@ VARIANTS: Mapping[str, Variant] = {
     "to 0.05": partial(looped, probability=0.05),
     "to 0.02": partial(looped, probability=0.02),
     "to the EM of the retrained": partial(looped, kind=UntilUnpredicted),
+    "half the step size": partial(configured, lr=0.02),
     "200 texts of its own rehearsed": partial(rehearsed, samples=200),
-    "400 answers of its own rehearsed": partial(rehearsed, samples=400, writer=answers),
+    "400 answers of its own rehearsed": partial(rehearsed, **ANSWERS),
     "adversary, trained weights": partial(configured, **TRAINED),
     "adversary, all weights": partial(configured, **ALL),
     "adversary, all weights, 1e-4": partial(configured, **LESS),
-    "..., lr .02": partial(configured, **ALL, lr=0.02),
-    "..., KL": partial(configured, **ALL, retain_term="kl"),
-    "..., retain weight 4": partial(configured, **ALL, retain_weight=4.0),
-    "..., NPO": partial(configured, **ALL, objective="npo"),
-    "..., rehearsal": partial(rehearsed, samples=200, **ALL),
-    "..., answers": partial(rehearsed, samples=400, writer=answers, **ALL),
-    "..., answers, KL": partial(rehearsed, samples=400, writer=answers, retain_term="kl", **ALL),
-    "..., interval 10": partial(configured, **ALL, adversary_interval=10),
-    "..., damping .3": partial(configured, **ALL, damping=0.3),
-    "..., late": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
-    "..., retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
-    "..., averaged": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
-    "averaged": partial(looped, kind=Averaged, decay=0.95),
-    "..., 1e-4, lr .02, texts": partial(rehearsed, samples=200, lr=0.02, **LESS),
-    "..., 1e-4, lr .02, answers, KL": partial(
-        rehearsed, samples=400, writer=answers, lr=0.02, retain_term="kl", **LESS
-    ),
-    "..., rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
+    "adversary, all weights, half the step size": partial(configured, **ALL, lr=0.02),
+    "adversary, all weights, from 0.3 on": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
+    "adversary, all weights, that retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
+    "adversary, all weights, averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
+    "adversary, all weights, outputs of rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
+    "adversary, all weights, 200 texts": partial(rehearsed, samples=200, **ALL),
+    "adversary, all weights, 400 answers": partial(rehearsed, **ANSWERS, **ALL),
+    "adversary, all weights, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
+    "adversary, all weights, 1e-4, 400 answers": partial(rehearsed, **ANSWERS, **LESS),
+    "adversary, all weights, 1e-4, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
+    "adversary, trained weights, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
 }
