@@ -272,6 +272,7 @@ def figures(variant: str, world: float, back: float, seeds: int = 3, **more: obj
     ("rows", "expected"),
     [
         (figures("other", 0.95, 0.26), [1, 1]),
+        (figures("one + other", 0.95, 0.26), [0, 1]),
         (figures("other", 0.94, 0.26), [1, 0]),
         (figures("other", 0.95, 0.27), [1, 0]),
         (figures("other", 0.92, 0.2), [0, 0]),

@@ -1,4 +1,4 @@
-"""Every variant by name."""
+"""Every variant by name; a plus is between changes that are made together."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, trained weights": partial(configured, **TRAINED),
     "adversary, all weights": partial(configured, **ALL),
     "adversary, all weights, 1e-4": partial(configured, **LESS),
-    "adversary, all weights, half the step size": partial(configured, **ALL, lr=0.02),
+    "adversary, all weights + half the step size": partial(configured, **ALL, lr=0.02),
     "adversary, all weights, from 0.3 on": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
     "adversary, all weights, that retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
-    "adversary, all weights, averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
-    "adversary, all weights, outputs of rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
-    "adversary, all weights, 200 texts": partial(rehearsed, samples=200, **ALL),
-    "adversary, all weights, 400 answers": partial(rehearsed, **ANSWERS, **ALL),
-    "adversary, all weights, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
-    "adversary, all weights, 1e-4, 400 answers": partial(rehearsed, **ANSWERS, **LESS),
-    "adversary, all weights, 1e-4, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
-    "adversary, trained weights, 400 answers, half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
+    "adversary, all weights + averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
+    "adversary, all weights + outputs of rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
+    "adversary, all weights + 200 texts": partial(rehearsed, samples=200, **ALL),
+    "adversary, all weights + 400 answers": partial(rehearsed, **ANSWERS, **ALL),
+    "adversary, all weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
+    "adversary, all weights, 1e-4 + 400 answers": partial(rehearsed, **ANSWERS, **LESS),
+    "adversary, all weights, 1e-4 + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
+    "adversary, trained weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
 }
