@@ -77,5 +77,8 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, all weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
     "adversary, all weights, 1e-4 + 400 answers": partial(rehearsed, **ANSWERS, **LESS),
     "adversary, all weights, 1e-4 + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
+    "adversary, all weights, 1e-4 + leading 30 % of the directions": partial(
+        looped, kind=Projected, share=0.3, leading=True, adversary_lr=1e-4
+    ),
     "adversary, trained weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
 }
