@@ -53,7 +53,7 @@ VARIANTS: Mapping[str, Variant] = {
     "trailing 30 % of the directions": partial(looped, kind=Projected, share=0.3, leading=False),
     "four layered folds": partial(folded, folds=4),
     "forget rows in other words, too": partial(looped, kind=Paraphrased),
-    "step by the predicted retain loss, 0.003": partial(looped, kind=Bounded, lr=0.08, bound=0.003),
+    "step by the predicted retain loss, 1e-4": partial(looped, kind=Bounded, lr=0.08, bound=1e-4),
     "step by the predicted retain loss, 0.01": partial(looped, kind=Bounded, lr=0.08, bound=0.01),
     "Sophia's clip, 5e-4": partial(looped, kind=Clipped, clipped_lr=5e-4),
     "Sophia's clip, 1e-3": partial(looped, kind=Clipped, clipped_lr=1e-3),
