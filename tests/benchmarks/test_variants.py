@@ -14,16 +14,16 @@ from benchmarks.forgetting import variants
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.harness.targets import TARGETS, case_of
 from benchmarks.forgetting.tried import configured as by_driver
-from benchmarks.forgetting.tried.averaging import Averaged
-from benchmarks.forgetting.tried.bound import Bounded, share_below
-from benchmarks.forgetting.tried.clip import Clipped
 from benchmarks.forgetting.tried.configured import configured
 from benchmarks.forgetting.tried.ending import UntilUnpredicted
 from benchmarks.forgetting.tried.loop import looped
 from benchmarks.forgetting.tried.outputs import OfRank
 from benchmarks.forgetting.tried.paraphrases import paraphrase, paraphrases
 from benchmarks.forgetting.tried.rehearsal import answers, rehearsed, texts
-from benchmarks.forgetting.tried.subspace import Projected, basis
+from benchmarks.forgetting.tried.steps.averaging import Averaged
+from benchmarks.forgetting.tried.steps.bound import Bounded, share_below
+from benchmarks.forgetting.tried.steps.clip import Clipped
+from benchmarks.forgetting.tried.steps.subspace import Projected, basis
 from benchmarks.forgetting.tried.supporting import TowardZero
 from benchmarks.verdicts.claims import CLAIMS
 from torch_simu.layers import down_projections

@@ -10,9 +10,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.lasting import Row
-from benchmarks.forgetting.tried.averaging import Averaged
-from benchmarks.forgetting.tried.bound import Bounded
-from benchmarks.forgetting.tried.clip import Clipped
 from benchmarks.forgetting.tried.configured import LR, configured
 from benchmarks.forgetting.tried.ending import UntilUnpredicted
 from benchmarks.forgetting.tried.folds import folded
@@ -20,7 +17,10 @@ from benchmarks.forgetting.tried.loop import looped
 from benchmarks.forgetting.tried.outputs import OfRank
 from benchmarks.forgetting.tried.paraphrases import Paraphrased
 from benchmarks.forgetting.tried.rehearsal import answers, rehearsed
-from benchmarks.forgetting.tried.subspace import Projected
+from benchmarks.forgetting.tried.steps.averaging import Averaged
+from benchmarks.forgetting.tried.steps.bound import Bounded
+from benchmarks.forgetting.tried.steps.clip import Clipped
+from benchmarks.forgetting.tried.steps.subspace import Projected
 from benchmarks.forgetting.tried.supporting import Supporting, TowardZero
 from torch_simu.unlearning.config import own_choices
 
