@@ -79,7 +79,9 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             forgetting.lasting,
         ),
         "variants": Claim(
-            "No single change of the default lets less come back and keeps at least as many retain and world answers.",
+            "No single change of the default lets less come back and keeps at least as many retain and world answers; "
+            "several together keep 0.944 of the world answers, as many as first order on all weights, and let at most "
+            "0.267 come back, a third of what comes back of the paper's method.",
             forgetting.variants,
         ),
         "recommending": Claim(

@@ -1,0 +1,1 @@
+"""What else was tried: runs like the default's with one part of them changed."""

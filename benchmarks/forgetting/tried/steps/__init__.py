@@ -1,0 +1,1 @@
+"""Steps that are made otherwise: other lengths, other directions."""

@@ -1,0 +1,84 @@
+"""Every variant by name; a plus is between changes that are made together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from benchmarks.forgetting.cases import Case
+from benchmarks.forgetting.lasting import Row
+from benchmarks.forgetting.tried.configured import LR, configured
+from benchmarks.forgetting.tried.ending import UntilUnpredicted
+from benchmarks.forgetting.tried.folds import folded
+from benchmarks.forgetting.tried.loop import looped
+from benchmarks.forgetting.tried.outputs import OfRank
+from benchmarks.forgetting.tried.paraphrases import Paraphrased
+from benchmarks.forgetting.tried.rehearsal import answers, rehearsed
+from benchmarks.forgetting.tried.steps.averaging import Averaged
+from benchmarks.forgetting.tried.steps.bound import Bounded
+from benchmarks.forgetting.tried.steps.clip import Clipped
+from benchmarks.forgetting.tried.steps.subspace import Projected
+from benchmarks.forgetting.tried.supporting import Supporting, TowardZero
+from torch_simu.unlearning.config import own_choices
+
+Variant = Callable[[Case, int], tuple[PreTrainedModel, Row]]
+
+AT_RANDOM: dict[str, Any] = {"method": "random_neurons", "fraction": 0.3, "paced": False, "lr": LR}
+TRAINED: dict[str, Any] = {"adversary_lr": 3e-4}
+ALL: dict[str, Any] = {"adversary_lr": 3e-4, "adversary_scope": "all"}
+LESS: dict[str, Any] = {"adversary_lr": 1e-4, "adversary_scope": "all"}
+# Twice the retain batch, so that as many retain rows are in it as without.
+ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl", "retain_batch_size": 48}
+
+VARIANTS: Mapping[str, Variant] = {
+    "simu": configured,
+    "the same as a plain loop": looped,
+    "retain term KL": partial(configured, retain_term="kl"),
+    "retain weight 4": partial(configured, retain_weight=4.0),
+    "objective NPO": partial(configured, objective="npo"),
+    "objective SimNPO": partial(configured, objective="simnpo"),
+    "objective SatImp": partial(configured, objective="satimp"),
+    "curvature of the neurons only": partial(configured, curvature="neurons"),
+    "covariance of the outputs of rank 8": partial(looped, kind=OfRank, rank=8),
+    "covariance of the outputs of rank 32": partial(looped, kind=OfRank, rank=32),
+    "30 % of the neurons, contrast": partial(configured, fraction=0.3),
+    "30 % of the neurons, at random": partial(configured, **{**own_choices("simu"), **AT_RANDOM}),
+    "units: gate and up rows, too": partial(configured, units=True),
+    "neurons that support the forget set": partial(looped, kind=Supporting),
+    "... and toward zero only": partial(looped, kind=TowardZero),
+    "leading 30 % of the directions": partial(looped, kind=Projected, share=0.3, leading=True),
+    "trailing 30 % of the directions": partial(looped, kind=Projected, share=0.3, leading=False),
+    "four layered folds": partial(folded, folds=4),
+    "forget rows in other words, too": partial(looped, kind=Paraphrased),
+    "step by the predicted retain loss, 1e-4": partial(looped, kind=Bounded, lr=0.08, bound=1e-4),
+    "step by the predicted retain loss, 0.01": partial(looped, kind=Bounded, lr=0.08, bound=0.01),
+    "Sophia's clip, 5e-4": partial(looped, kind=Clipped, clipped_lr=5e-4),
+    "Sophia's clip, 1e-3": partial(looped, kind=Clipped, clipped_lr=1e-3),
+    "Sophia's clip, 2e-3": partial(looped, kind=Clipped, clipped_lr=2e-3),
+    "to 0.05": partial(looped, probability=0.05),
+    "to 0.02": partial(looped, probability=0.02),
+    "to the EM of the retrained": partial(looped, kind=UntilUnpredicted),
+    "half the step size": partial(configured, lr=0.02),
+    "200 texts of its own rehearsed": partial(rehearsed, samples=200),
+    "400 answers of its own rehearsed": partial(rehearsed, **ANSWERS),
+    "adversary, trained weights": partial(configured, **TRAINED),
+    "adversary, all weights": partial(configured, **ALL),
+    "adversary, all weights, 1e-4": partial(configured, **LESS),
+    "adversary, all weights + half the step size": partial(configured, **ALL, lr=0.02),
+    "adversary, all weights, from 0.3 on": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
+    "adversary, all weights, that retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
+    "adversary, all weights + averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),
+    "adversary, all weights + outputs of rank 8": partial(looped, kind=OfRank, rank=8, adversary_lr=3e-4),
+    "adversary, all weights + 200 texts": partial(rehearsed, samples=200, **ALL),
+    "adversary, all weights + 400 answers": partial(rehearsed, **ANSWERS, **ALL),
+    "adversary, all weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
+    "adversary, all weights, 1e-4 + 400 answers": partial(rehearsed, **ANSWERS, **LESS),
+    "adversary, all weights, 1e-4 + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
+    "adversary, all weights, 1e-4 + leading 30 % of the directions": partial(
+        looped, kind=Projected, share=0.3, leading=True, adversary_lr=1e-4
+    ),
+    "adversary, trained weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
+}
