@@ -12,7 +12,7 @@ from torch import nn
 from tests.cli.test_cli import NOT_REACHED, call, files, options  # noqa: F401
 from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, memorized, run, weights  # noqa: F401
-from tests.unlearning.test_units import assert_only_units_changed
+from tests.unlearning.units.test_units import assert_only_units_changed
 from tests.unlearning.trainer.test_driver_and_trainer import SIMU
 from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, make_model, make_selection
 from tests.unlearning.trainer.whitened_runs import make_whitened_trainer, num_hooks
