@@ -12,10 +12,10 @@ from torch import nn
 from tests.cli.test_cli import NOT_REACHED, call, files, options  # noqa: F401
 from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, memorized, run, weights  # noqa: F401
-from tests.unlearning.units.test_units import assert_only_units_changed
 from tests.unlearning.trainer.test_driver_and_trainer import SIMU
 from tests.unlearning.trainer.trainer_runs import FORGET, RETAIN, make_model, make_selection
 from tests.unlearning.trainer.whitened_runs import make_whitened_trainer, num_hooks
+from tests.unlearning.units.test_units import assert_only_units_changed
 from torch_simu import NeuronSelection, attach_deltas
 from torch_simu.bitsandbytes.layers import fingerprint, holds_codes
 from torch_simu.cli.loading import load_model
