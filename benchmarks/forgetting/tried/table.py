@@ -32,6 +32,8 @@ ALL: dict[str, Any] = {"adversary_lr": 3e-4, "adversary_scope": "all"}
 LESS: dict[str, Any] = {"adversary_lr": 1e-4, "adversary_scope": "all"}
 # Twice the retain batch, so that as many retain rows are in it as without.
 ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl", "retain_batch_size": 48}
+# The same by the package's own writer, whose words are those of the rows.
+REHEARSAL: dict[str, Any] = {"rehearsal": 400, "retain_term": "kl", "retain_batch_size": 48}
 
 VARIANTS: Mapping[str, Variant] = {
     "simu": configured,
@@ -75,6 +77,9 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, all weights + 200 texts": partial(rehearsed, samples=200, **ALL),
     "adversary, all weights + 400 answers": partial(rehearsed, **ANSWERS, **ALL),
     "adversary, all weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
+    "adversary, all weights, 1e-4 + rehearsal=400 + half the step size": partial(
+        configured, **REHEARSAL, **LESS, lr=0.02
+    ),
     "adversary, all weights, 1e-4 + 400 answers": partial(rehearsed, **ANSWERS, **LESS),
     "adversary, all weights, 1e-4 + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
     "adversary, all weights, 1e-4 + leading 30 % of the directions": partial(
