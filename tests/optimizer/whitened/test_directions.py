@@ -18,7 +18,7 @@ from tests.strategies import Layer, float_dtypes, layers, normal, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer
 from torch_simu.optimizer import GradientBalance, covariance_hooks
 from torch_simu.optimizer.stepping import trust
-from torch_simu.optimizer.stepping.directions import Directions
+from torch_simu.optimizer.stepping.directions import Directions, row_hashes
 
 
 class Balanced:
@@ -196,3 +196,25 @@ def test_a_direction_that_is_taken_unseen_would_be_seen(
     )
     with pytest.raises(AssertionError):
         _is_whitened_anew(change)
+
+
+@given(
+    seed=seeds, rows=st.integers(1, 6), columns=st.integers(1, 6), dtype=st.sampled_from([torch.float32, torch.float64])
+)
+def test_another_matrix_has_another_hash_also_with_the_same_numbers(
+    seed: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    grad = normal(seed, rows, columns).to(dtype)
+    changed = {"negated": -grad, "a sign": grad.clone(), "in other places": grad.flip(1), "a last bit": grad.clone()}
+    changed["a sign"][-1, -1] *= -1
+    changed["a last bit"][0, 0] = torch.nextafter(grad[0, 0], grad.new_tensor(9.0))
+    for name, other in changed.items():
+        same = torch.equal(row_hashes(other), row_hashes(grad))
+        assert same == torch.equal(other, grad), name
+
+
+def test_a_change_that_plain_sums_of_bits_cannot_see_is_seen() -> None:
+    grad = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    bits, negated = grad.view(torch.int32), (-grad).view(torch.int32)
+    assert torch.equal(bits.sum(0), negated.sum(0)) and torch.equal(bits.sum(1), negated.sum(1))
+    assert not torch.equal(row_hashes(grad), row_hashes(-grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ class _Kept(NamedTuple):
 
     Attributes:
         direction: The whitened gradient.
-        sums: Those of the gradient's bits.
+        hashes: Those of the gradient's rows.
         factors: Each factor with its version.
         maximize: Whether the gradient's sign was changed.
     """
 
     direction: Tensor
-    sums: tuple[Tensor, Tensor]
+    hashes: Tensor
     factors: list[tuple[Tensor, int]]
     maximize: bool
 
@@ -40,7 +41,7 @@ class Directions:
 
     def keep(self, group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any], direction: Tensor) -> None:
         """Keep the direction of an entry until the next step."""
-        self._kept[entry.param] = _Kept(direction, _sums(entry.grad), _factors(state), group["maximize"])
+        self._kept[entry.param] = _Kept(direction, row_hashes(entry.grad), _factors(state), group["maximize"])
 
     def take(self, group: Mapping[str, Any], entry: Entry, state: Mapping[str, Any]) -> Tensor | None:
         """Return the direction of an entry, once; None where there is none, or what it was made of has changed."""
@@ -49,8 +50,7 @@ class Directions:
         now = _factors(state)
         same = len(now) == len(kept.factors) and group["maximize"] == kept.maximize
         same = same and all(a is b and i == j for (a, i), (b, j) in zip(now, kept.factors, strict=True))
-        same = same and all(map(torch.equal, _sums(entry.grad), kept.sums))
-        return kept.direction if same else None
+        return kept.direction if same and torch.equal(row_hashes(entry.grad), kept.hashes) else None
 
     def clear(self) -> None:
         """Forget them."""
@@ -69,7 +69,21 @@ def _factors(state: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
     return [(state[key], state[key]._version) for key in FACTORS if key in state]
 
 
-def _sums(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of a matrix's bits by rows and by columns, as whole numbers: they are exact in any order."""
-    bits = grad.view(torch.int64 if grad.dtype == torch.float64 else torch.int32)
-    return bits.sum(0), bits.sum(1)
+def row_hashes(grad: Tensor) -> Tensor:
+    """Return a hash of the bits of each row: their sum by random factors, as whole numbers that are exact in any order.
+
+    Without the factors a change of signs that leaves as many positive as negative numbers would go unseen.
+
+    Args:
+        grad: A matrix in float32 or float64. Shape: `(rows, columns)`.
+    """
+    # Half the width of the factors: what changes the highest bit alone is the same whatever it is multiplied by.
+    bits = grad.view(torch.int32)
+    return (bits * _factors_of(bits.shape[1])).sum(1)
+
+
+@cache
+def _factors_of(columns: int) -> Tensor:
+    """Return an odd factor for each column: where only one number of a row changes, its hash does."""
+    draw = torch.Generator().manual_seed(columns)
+    return torch.randint(-(2**62), 2**62, (columns,), generator=draw) * 2 + 1
