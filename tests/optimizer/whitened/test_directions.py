@@ -211,6 +211,7 @@ def test_another_matrix_has_another_hash_also_with_the_same_numbers(
     for name, other in changed.items():
         same = torch.equal(row_hashes(other), row_hashes(grad))
         assert same == torch.equal(other, grad), name
+    assert torch.equal(row_hashes(grad.T.contiguous().T), row_hashes(grad))
 
 
 def test_a_change_that_plain_sums_of_bits_cannot_see_is_seen() -> None:

@@ -78,7 +78,7 @@ def row_hashes(grad: Tensor) -> Tensor:
         grad: A matrix in float32 or float64. Shape: `(rows, columns)`.
     """
     # Half the width of the factors: what changes the highest bit alone is the same whatever it is multiplied by.
-    bits = grad.view(torch.int32)
+    bits = grad.contiguous().view(torch.int32)
     return (bits * _factors_of(bits.shape[1])).sum(1)
 
 
