@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -162,14 +162,7 @@ def rouge_l_recall(generated: Iterable[str], answers: Iterable[str]) -> list[flo
         >>> rouge_l_recall(["she wrote two novels"], ["Jane wrote a novel"])
         [0.5]
     """
-    check_rouge()
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [
-        float(scorer.score(target=answer, prediction=text)["rougeL"].recall)
-        for text, answer in zip(generated, answers, strict=True)
-    ]
+    return [float(score.recall) for score in _rouge_l(generated, answers, stemmed=True)]
 
 
 def rouge_l_f1(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
@@ -185,14 +178,16 @@ def rouge_l_f1(generated: Iterable[str], answers: Iterable[str]) -> list[float]:
         >>> rouge_l_f1(["she wrote two long novels"], ["Jane wrote novels"])
         [0.5]
     """
+    return [float(score.fmeasure) for score in _rouge_l(generated, answers, stemmed=False)]
+
+
+def _rouge_l(generated: Iterable[str], answers: Iterable[str], *, stemmed: bool) -> Iterator[Any]:
     check_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return [
-        float(scorer.score(target=answer, prediction=text)["rougeL"].fmeasure)
-        for text, answer in zip(generated, answers, strict=True)
-    ]
+    scorer = RougeScorer(["rougeL"], use_stemmer=stemmed)
+    for text, answer in zip(generated, answers, strict=True):
+        yield scorer.score(target=answer, prediction=text)["rougeL"]
 
 
 def _batches(
