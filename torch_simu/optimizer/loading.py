@@ -16,6 +16,7 @@ from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import plain_counters
 from torch_simu.optimizer.entries import compact_placements, local
 from torch_simu.optimizer.groups import selects_rows
+from torch_simu.optimizer.stepping.fused import check_fused
 from torch_simu.optimizer.stepping.state import step_device
 from torch_simu.optimizer.storage import SHAPED, WHOLE
 
@@ -48,6 +49,8 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
         if selects_rows(saved) != selects_rows(group):
             wrong = f"Group {number} of the saved state selects {'rows' if selects_rows(saved) else 'columns'}"
             raise ValueError(problem(wrong, "rows" if selects_rows(group) else "columns", _ADVICE))
+        # The options of the saved state will be the group's.
+        check_fused({**group, **saved, "params": group["params"]})
     for saved_id, group, param, neurons in aligned_params(state_dict, groups):
         count = None if neurons is None else len(neurons)
         shape = tuple(compact_shape(param.shape, group["neuron_dim"], count))

@@ -11,6 +11,7 @@ from torch_simu.optimizer.counters import count_step, place_counters, schedule_r
 from torch_simu.optimizer.entries import Entry
 from torch_simu.optimizer.groups import WHITENED
 from torch_simu.optimizer.stepping.clipped import clip_entries
+from torch_simu.optimizer.stepping.fused import fuse_entries
 from torch_simu.optimizer.stepping.state import fold, state_of
 from torch_simu.optimizer.stepping.trust import make_room, trust_entries, waits_for_state
 
@@ -29,7 +30,8 @@ def step_group(
     if refreshed is not False:
         for entry, state in zip(entries, own, strict=True):
             fold(group, state, entry.grad.square(), refreshed)
-    (trust_entries if group["curvature"] in WHITENED else clip_entries)(group, entries, own, finite)
+    clipped = fuse_entries if group["fused"] else clip_entries
+    (trust_entries if group["curvature"] in WHITENED else clipped)(group, entries, own, finite)
     count_step(group, finite)
     if refreshed is not False:
         schedule_refresh(group, refreshed)
