@@ -60,7 +60,8 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
                 wrong = f"The saved {key} of parameter {saved_id} has shape {tuple(value.shape)}"
                 raise ValueError(problem(wrong, f"{shape}", _ADVICE))
         factor = state_dict["state"].get(saved_id, {}).get("neuron_factor")
-        size = num_columns(param.shape, group["neuron_dim"]) if count is None else count
+        # What has one is a matrix; a scalar has no dimension to count.
+        size = num_columns(param.shape, group["neuron_dim"]) if count is None and factor is not None else count
         if factor is not None and tuple(factor.shape) != (size, size):
             wrong = f"The saved neuron_factor of parameter {saved_id} has shape {tuple(factor.shape)}"
             raise ValueError(problem(wrong, f"{(size, size)}", _ADVICE))

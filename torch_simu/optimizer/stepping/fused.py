@@ -62,10 +62,8 @@ def fuse_entries(
         finite: True, or a scalar on the device; where that is false nothing changes.
 
     Raises:
-        ValueError: If the kernel cannot make the step.
+        ValueError: If the state is of another kind of step.
     """
-    # Again, because groups are dictionaries that anyone may change, and parameters move.
-    check_fused(group)
     if any("master" in state for state in states):
         raise ValueError(problem("fused is True and the state holds master weights", "none", _ADVICE))
     for entry, state in zip(entries, states, strict=True):

@@ -11,7 +11,7 @@ from torch_simu.optimizer.counters import count_step, place_counters, schedule_r
 from torch_simu.optimizer.entries import Entry
 from torch_simu.optimizer.groups import WHITENED
 from torch_simu.optimizer.stepping.clipped import clip_entries
-from torch_simu.optimizer.stepping.fused import fuse_entries
+from torch_simu.optimizer.stepping.fused import check_fused, fuse_entries
 from torch_simu.optimizer.stepping.state import fold, state_of
 from torch_simu.optimizer.stepping.trust import make_room, trust_entries, waits_for_state
 
@@ -20,6 +20,8 @@ def step_group(
     group: dict[str, Any], entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], finite: Tensor | bool
 ) -> None:
     """Make one step of a group and count it, where `finite` is true."""
+    # Again, because groups are dictionaries that anyone may change, and parameters move.
+    check_fused(group)
     own = [state_of(states, group, entry) for entry in entries]
     if group["curvature"] in WHITENED and waits_for_state(group):
         make_room(group, entries, own)
