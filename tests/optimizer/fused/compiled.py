@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from torch_simu.optimizer.stepping.kernel import advance
 
 NUMBERS = ("keep", "weight_decay", "share", "rho", "eps", "clip")
@@ -24,6 +20,11 @@ FORMS = (
 
 def compiled(form: dict[str, object], absent: tuple[str, ...], ones: tuple[str, ...]) -> str:
     """The instructions for the device."""
+    # Here, because every file is imported where doctests are looked for, with Triton or without.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = triton.jit(advance)
     constants: dict[str, object] = {key: value for key, value in form.items() if key.isupper()}
     constants |= {"BLOCK_ROWS": 8, "BLOCK_COLUMNS": 128, **dict.fromkeys(absent), **dict.fromkeys(ones, 1)}
