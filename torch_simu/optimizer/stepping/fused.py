@@ -155,7 +155,7 @@ def _kernel() -> Any:
     try:
         import triton
     except ImportError as error:
-        advice = "Install it: pip install 'torch-simu[fused]'. Or fused=False."
+        advice = 'Run: pip install "triton>=3". Or fused=False.'
         raise ImportError(problem(f"fused is True and triton is missing ({error})", "it installed", advice)) from error
     from torch_simu.optimizer.stepping.kernel import advance
 
