@@ -65,7 +65,7 @@ MOST_LINES, MOST_FILES = 300, 12
 TENSORS_ONLY = {"torch", "einops"}
 OPTIONAL = {
     *("accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "rich"),
-    *("rouge_score", "scipy", "tokenizers", "transformers", "typer"),
+    *("rouge_score", "scipy", "tokenizers", "transformers", "triton", "typer"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.optimizer import memory, step
-from benchmarks.optimizer.peers import PEERS
+from benchmarks.optimizer.contenders import compact_compiled, ours_compiled
+from benchmarks.optimizer.peers import PEERS, SIZES, Problem, Step, ours_fused
 from benchmarks.speed.live_bytes import LiveBytes
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, attribute_neurons
 
@@ -50,6 +52,32 @@ def steps(size: str, device: str, small: bool) -> list[Row]:
         found = memory.alone(shape, FRACTION, peer, device)
         rows.append({"what": "memory", "size": size, "optimizer": peer, **found})
     assert {row["optimizer"] for row in rows} >= set(OURS) <= PEERS.keys()
+    return rows
+
+
+def fused(size: str, device: str, small: bool) -> list[Row]:
+    """Our step by one kernel a weight, beside the eager one; of a processor there is none."""
+    return by_triton(size, device, small, {"simu_fused": lambda problem: ours_fused(problem).step})
+
+
+def compiled(size: str, device: str, small: bool) -> list[Row]:
+    """Our steps, each compiled into one graph."""
+    return by_triton(size, device, small, {"simu_compiled": ours_compiled, "simu_compact_compiled": compact_compiled})
+
+
+def by_triton(size: str, device: str, small: bool, made: Mapping[str, Callable[[Problem], Step]]) -> list[Row]:
+    """Milliseconds of steps whose kernels Triton makes, on the problem of `steps`."""
+    if device != "cuda" or importlib.util.find_spec("triton") is None:
+        return []
+    shape = SIZES["demo" if small else SHAPES[size]]
+    rows: list[Row] = []
+    for name, make in made.items():
+        problem = Problem(shape, shape.layers, FRACTION, device, torch.float32)
+        times = step.timed(make(problem), 3 if small else 10, device)
+        median = sorted(times)[len(times) // 2]
+        rows.append({"what": "step", "size": size, "optimizer": name, "milliseconds": times, "median": median})
+        del problem
+        torch.cuda.empty_cache()
     return rows
 
 
@@ -129,7 +157,7 @@ TIMINGS: Mapping[str, Callable[[str, bool], list[Row]]] = MappingProxyType(
     {
         f"{part.__name__}_{size}": functools.partial(part, size)
         for size in ("7b", "1b")
-        for part in (steps, attribution, training)
+        for part in (steps, fused, compiled, attribution, training)
     }
 )
 """Part -> what measures it, called with the device and whether small shapes are asked for."""

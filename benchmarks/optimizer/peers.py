@@ -74,6 +74,12 @@ def ours_compact(problem: Problem) -> Optimizer:
     return SIMUOptimizer(deltas, lr=1e-4, hessian_interval=UNLIMITED)
 
 
+def ours_fused(problem: Problem) -> Optimizer:
+    """SIMUOptimizer on dense gradients, by one Triton kernel a weight; on CUDA only."""
+    group = {"params": problem.weights, "neurons": problem.neurons()}
+    return SIMUOptimizer([group], lr=1e-4, hessian_interval=UNLIMITED, fused=True)
+
+
 class DenseMaskedSophia(Optimizer):
     """SOUL's arithmetic (momentum twice, curvature at every step) with a mask on the update, over whole tensors."""
 

@@ -162,6 +162,17 @@ def test_a_rate_of_one_element_is_a_rate(foreach, capturable):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_a_state_of_a_parameter_without_dimensions_loads():
+    param = nn.Parameter(torch.ones(()))
+    optimizer = SIMUOptimizer([param])
+    param.grad = torch.ones(())
+    optimizer.step()
+    resumed = SIMUOptimizer([nn.Parameter(torch.ones(()))])
+    resumed.load_state_dict(optimizer.state_dict())
+    (state,) = resumed.state.values()
+    assert torch.equal(state["exp_avg"], optimizer.state[param]["exp_avg"])
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_the_rate_of_float64_steps_is_not_rounded_on_the_device(foreach):
     param = nn.Parameter(torch.zeros(2, dtype=torch.float64))

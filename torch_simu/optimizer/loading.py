@@ -16,6 +16,7 @@ from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.counters import plain_counters
 from torch_simu.optimizer.entries import compact_placements, local
 from torch_simu.optimizer.groups import selects_rows
+from torch_simu.optimizer.stepping.fused import check_fused
 from torch_simu.optimizer.stepping.state import step_device
 from torch_simu.optimizer.storage import SHAPED, WHOLE
 
@@ -48,6 +49,8 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
         if selects_rows(saved) != selects_rows(group):
             wrong = f"Group {number} of the saved state selects {'rows' if selects_rows(saved) else 'columns'}"
             raise ValueError(problem(wrong, "rows" if selects_rows(group) else "columns", _ADVICE))
+        # The options of the saved state will be the group's.
+        check_fused({**group, **saved, "params": group["params"]})
     for saved_id, group, param, neurons in aligned_params(state_dict, groups):
         count = None if neurons is None else len(neurons)
         shape = tuple(compact_shape(param.shape, group["neuron_dim"], count))
@@ -57,7 +60,8 @@ def check_loadable(state_dict: Mapping[str, Any], groups: Groups) -> None:
                 wrong = f"The saved {key} of parameter {saved_id} has shape {tuple(value.shape)}"
                 raise ValueError(problem(wrong, f"{shape}", _ADVICE))
         factor = state_dict["state"].get(saved_id, {}).get("neuron_factor")
-        size = num_columns(param.shape, group["neuron_dim"]) if count is None else count
+        # What has one is a matrix; a scalar has no dimension to count.
+        size = num_columns(param.shape, group["neuron_dim"]) if count is None and factor is not None else count
         if factor is not None and tuple(factor.shape) != (size, size):
             wrong = f"The saved neuron_factor of parameter {saved_id} has shape {tuple(factor.shape)}"
             raise ValueError(problem(wrong, f"{(size, size)}", _ADVICE))

@@ -18,6 +18,7 @@ from torch_simu.optimizer.guard import Guard
 from torch_simu.optimizer.loading import loading, saving
 from torch_simu.optimizer.reselection import reselect
 from torch_simu.optimizer.stepping.directions import Directions
+from torch_simu.optimizer.stepping.fused import check_fused
 from torch_simu.optimizer.stepping.group import step_group
 from torch_simu.optimizer.stepping.health import health
 
@@ -74,10 +75,16 @@ class SIMUOptimizer(CurvatureUpdates):
             covariance of the selected neurons among themselves ("neurons"), and of their layer's outputs beside it
             ("both").
         damping: What is added to the diagonal of a covariance, as a share of its mean.
+        fused: Make each diagonal step by one Triton kernel a weight, which gathers, advances and writes the selected
+            entries in one pass: for float32, bfloat16 and float16 weights on CUDA, whole or with rows or columns
+            selected, and float32 or bfloat16 state. Needs triton. Off by default, because its speed has not been
+            measured on a GPU yet.
 
     Raises:
-        ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
+        ValueError: If an option or index is out of bounds, `neurons` is not aligned with `params`, or `fused` is asked
+            for with what the kernel does not do.
         TypeError: If an option has a wrong type.
+        ImportError: If `fused` is true and triton is not installed.
 
     Examples:
         >>> layer = torch.nn.Linear(4, 2)
@@ -111,6 +118,7 @@ class SIMUOptimizer(CurvatureUpdates):
         capturable: bool = False,
         curvature: Literal["gnb", "hutchinson", "squared_gradient", "neurons", "both"] = "gnb",
         damping: float = 0.1,
+        fused: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -128,6 +136,7 @@ class SIMUOptimizer(CurvatureUpdates):
             "capturable": capturable,
             "curvature": curvature,
             "damping": damping,
+            "fused": fused,
             "neuron_dim": -1,
             "num_steps": 0,
             "next_refresh": 1,
@@ -159,7 +168,9 @@ class SIMUOptimizer(CurvatureUpdates):
             ValueError: If an option or index is out of bounds, or `neurons` is not aligned with `params`.
         """
         self._guard.rest(0)
-        super().add_param_group(checked_group(param_group, self.defaults))
+        group = checked_group(param_group, self.defaults)
+        check_fused({**self.defaults, **group})
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -12,6 +12,7 @@ from torch_simu.optimizer.entries import Entry
 from torch_simu.optimizer.groups import WHITENED
 from torch_simu.optimizer.stepping.clipped import clip_entries
 from torch_simu.optimizer.stepping.directions import Directions
+from torch_simu.optimizer.stepping.fused import check_fused, fuse_entries
 from torch_simu.optimizer.stepping.state import fold, state_of
 from torch_simu.optimizer.stepping.trust import make_room, trust_entries, waits_for_state
 
@@ -24,6 +25,8 @@ def step_group(
     directions: Directions,
 ) -> None:
     """Make one step of a group and count it, where `finite` is true; `directions` are those whitened before."""
+    # Again, because groups are dictionaries that anyone may change, and parameters move.
+    check_fused(group)
     own = [state_of(states, group, entry) for entry in entries]
     if group["curvature"] in WHITENED and waits_for_state(group):
         make_room(group, entries, own)
@@ -37,7 +40,7 @@ def step_group(
     if group["curvature"] in WHITENED:
         trust_entries(group, entries, own, finite, directions)
     else:
-        clip_entries(group, entries, own, finite)
+        (fuse_entries if group["fused"] else clip_entries)(group, entries, own, finite)
     count_step(group, finite)
     if refreshed is not False:
         schedule_refresh(group, refreshed)

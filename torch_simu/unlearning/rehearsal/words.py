@@ -30,6 +30,10 @@ def common_ids(prompts: Sequence[Ids], *, share: float = 0.2) -> frozenset[int]:
 def runs(rows: Iterable[Example], length: int) -> frozenset[Ids]:
     """Return every run of so many tokens that a row has, prompt and answer together.
 
+    Args:
+        rows: Encoded rows.
+        length: Tokens of a run.
+
     Examples:
         >>> sorted(runs([Example((1, 2, 3), (-100, 2, 3))], 2))
         [(1, 2), (2, 3)]
@@ -41,6 +45,10 @@ def runs(rows: Iterable[Example], length: int) -> frozenset[Ids]:
 
 def cut_behind(ids: Sequence[int], ends: Collection[Ids]) -> int:
     """Return how many tokens there are up to the first end and with it; all of them where none ends.
+
+    Args:
+        ids: Token ids of a text.
+        ends: What ends a text: one or several token ids each.
 
     Examples:
         >>> cut_behind([5, 6, 0, 7], {(0,)})

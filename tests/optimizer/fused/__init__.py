@@ -1,0 +1,1 @@
+"""The clipped step as one Triton kernel."""
