@@ -14,6 +14,7 @@ import pytest
 from tests.language import ROWS, memorizing_model, tiny_model, word_tokenizer
 from tests.rules.sources import ROOT
 from torch_simu.cli.app import main
+from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.steps import Stepper
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,7 +50,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(tokenizer).save_pretrained(folder / "NEVER_SAW_DIR")
     for name in ("MODEL_DIR", "NEVER_SAW_DIR"):
         tokenizer.save_pretrained(folder / name)
-    for name, rows in (("forget", ROWS[:2]), ("retain", ROWS[2:])):
+    # Of the same words, and in neither set.
+    unseen = [Row(ROWS[0].question, ROWS[2].answer), Row(ROWS[1].question, ROWS[0].answer)]
+    for name, rows in (("forget", ROWS[:2]), ("retain", ROWS[2:]), ("unseen", unseen)):
         text = "".join(json.dumps({"question": row.question, "answer": row.answer}) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
     return folder

@@ -176,7 +176,7 @@ def test_a_gpu_is_read_only_where_a_refresh_may_be_due(bad, monkeypatch):
         param = nn.Parameter(torch.ones(2))
         optimizer = SIMUOptimizer([param], hessian_interval=4)
         if on_device:
-            monkeypatch.setattr(Guard, "passes", lambda self, entries, *_: entries[0].grad.isfinite().all())
+            monkeypatch.setattr(Guard, "passes", lambda self, entries, *_: next(iter(entries)).grad.isfinite().all())
         seen, reads = [], 0
         for number in range(20):
             param.grad = torch.full((2,), math.nan if number in bad else 1.0)
