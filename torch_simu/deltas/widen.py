@@ -46,6 +46,7 @@ def widen_deltas(model: nn.Module, selection: NeuronSelection, *, units: bool = 
             way round, or as `attach_deltas`; nothing is changed then.
 
     Examples:
+        >>> from torch_simu.deltas import attach_deltas
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> first = attach_deltas(model, NeuronSelection({"0": [2]}, {"0": 4}))["0"]
         >>> _ = nn.init.ones_(first)

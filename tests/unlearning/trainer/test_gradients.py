@@ -59,7 +59,8 @@ class Scaled(Optimizer):
 
 def test_the_scale_of_a_grad_scaler_changes_no_step():
     found = []
-    for scale in (1.0, 1024.0):
+    # Unscaling by one leaves the gradient that was whitened; behind the others it is whitened anew.
+    for scale in (2.0, 1024.0, 1.0):
         layer = nn.Linear(4, 3, bias=False)
         layer.weight.data.copy_(torch.arange(12).reshape(3, 4).sin())
         inner = SIMUOptimizer([{"params": [layer.weight], "neurons": [[0, 2]]}], curvature="both", lr=0.1)
@@ -76,6 +77,8 @@ def test_the_scale_of_a_grad_scaler_changes_no_step():
         inner.step()
         found.append((layer.weight.detach(), layer.weight.grad))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][1], found[2][1])
+    torch.testing.assert_close(found[2][0], found[0][0], rtol=1e-6, atol=1e-8)
 
 
 def small(curvature="both"):
