@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.lasting import Row
 from benchmarks.forgetting.tried.configured import configured
 from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.rehearsal.words import runs
 
 FIRST_WORD = 2
 """The first token id that is no padding and no unknown word."""
@@ -61,8 +62,8 @@ def rehearsed(
 ) -> tuple[PreTrainedModel, Row]:
     """Retain what the model writes, too, but for what shares three tokens with the forget set alone."""
     written = writer(case, torch.Generator().manual_seed(seed), samples)
-    own = _threes(case.sets["forget"]) - _threes(case.sets["retain"])
-    retain = [*case.sets["retain"], *(row for row in written if not _threes([row]) & own)]
+    own = runs(case.sets["forget"], 3) - runs(case.sets["retain"], 3)
+    retain = [*case.sets["retain"], *(row for row in written if not runs([row], 3) & own)]
     made = Case({**case.sets, "retain": retain}, case.model, case.retrained, case.batch_size)
     return run(made, seed, **options)
 
@@ -73,7 +74,3 @@ def _continued(model: PreTrainedModel, ids: Tensor, length: int, generator: torc
             chances = model(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
     return ids
-
-
-def _threes(rows: Sequence[Example]) -> set[tuple[int, ...]]:
-    return {row.input_ids[place : place + 3] for row in rows for place in range(len(row.input_ids) - 2)}

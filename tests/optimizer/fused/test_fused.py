@@ -127,8 +127,9 @@ def test_parameters_that_the_kernel_cannot_step_are_refused(param, group, messag
 
 @pytest.mark.usefixtures("interpreting")
 def test_of_what_does_not_train_nothing_is_asked():
-    SIMUOptimizer([{"params": [nn.Parameter(torch.ones(2, 3, 4).double())], "neurons": [[]]}], fused=True)
-    SIMUOptimizer([("name", nn.Parameter(torch.ones(2, 3)))], fused=True)
+    frozen = [{"params": [nn.Parameter(torch.ones(2, 3, 4).double())], "neurons": [[]]}]
+    for params in (frozen, [("name", nn.Parameter(torch.ones(2, 3)))]):
+        assert SIMUOptimizer(params, fused=True).param_groups[0]["fused"]
 
 
 @pytest.mark.usefixtures("interpreting")
