@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -32,7 +33,7 @@ def command() -> str:
     spec = sys.modules["__main__"].__spec__
     # A process of a test run has none.
     name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
-    return " ".join(["python -m", name, *words])
+    return f"python -m {shlex.join([name, *words])}"
 
 
 def write_result(path: Path, *, claim: str, force: bool = False, **content: object) -> None:

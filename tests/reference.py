@@ -29,6 +29,12 @@ class DenseMaskedSophia:
         self.h = torch.where(self.mask, o.beta2 * self.h + (1 - o.beta2) * num_tokens * grad**2, 0.0)
 
 
+def trimmed_mean(values: Tensor) -> Tensor:
+    """The mean of all but the largest fiftieth."""
+    found = sorted(values.tolist())
+    return values.new_tensor(sum(found[: len(found) - int(0.02 * len(found))]) / (len(found) - int(0.02 * len(found))))
+
+
 class DenseWhitened:
     """The whitened step with inverses of dense covariances and one layer's weight, as the formulas are written.
 
@@ -37,7 +43,7 @@ class DenseWhitened:
         neurons: The selected ones.
         outputs: Whether the outputs are whitened, too.
         options: Of the step; `clip`, `rho` and `interval` play no part.
-        damping: Share of the mean diagonal.
+        damping: Share of the mean of the diagonal without its largest fiftieth.
     """
 
     def __init__(self, weight: Tensor, neurons: list[int], options: Options, *, outputs: bool, damping: float) -> None:
@@ -65,7 +71,9 @@ class DenseWhitened:
     def whitened(self, grad: Tensor) -> Tensor:
         """The selected columns of a gradient, times the inverses of the damped covariances."""
         inverses = [
-            torch.linalg.inv(each + self.damping * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype))
+            torch.linalg.inv(
+                each + self.damping * trimmed_mean(each.diagonal()) * torch.eye(len(each), dtype=each.dtype)
+            )
             for each in self.covariances
         ]
         found = grad[:, self.neurons] @ inverses[0]

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch_simu._checks import problem
 
 _FLOOR = 1e-12
+_LARGEST = 50
+"""Of so many entries of a diagonal the largest does not count where its scale is asked for."""
 _BLOCK = 64
 """Columns of a block of a triangular solve on a processor: a multiple of its vectors, and small beside a layer."""
 
@@ -17,7 +19,8 @@ def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
 
     Args:
         covariance: A covariance $C$, symmetric and positive semidefinite. Shape: `(num, num)`.
-        damping: $\delta > 0$, relative to the mean of the diagonal, so that the scale of activations does not matter.
+        damping: $\delta > 0$, relative to the mean of the diagonal (`damping_scale`), so that the scale of activations
+            does not matter.
 
     Raises:
         ValueError: If `covariance` is not square.
@@ -29,7 +32,7 @@ def damped_cholesky(covariance: Tensor, *, damping: float) -> Tensor:
     """
     if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(problem(f"covariance has shape {tuple(covariance.shape)}", "a square matrix"))
-    mean = covariance.diagonal().mean()
+    mean = damping_scale(covariance.diagonal())
     damped = covariance.clone()
     # The floor is for neurons that are silent at every position.
     damped.diagonal().add_((damping * mean).clamp(min=_FLOOR))
@@ -54,9 +57,29 @@ def undamped(factor: Tensor, *, damping: float) -> Tensor:
                 [0., 1.]])
     """
     covariance = factor @ factor.T
-    mean = covariance.diagonal().mean()
+    # Adding a constant to all entries leaves their order as it is, and so which of them count.
+    mean = damping_scale(covariance.diagonal())
     covariance.diagonal().sub_(mean * damping / (1 + damping))
     return covariance
+
+
+def damping_scale(diagonal: Tensor) -> Tensor:
+    """Return what damping is relative to: the mean of a diagonal without its largest fiftieth, rounded down.
+
+    Pretrained models have layers in which one neuron is a thousand times as active as the others at the first position
+    (massive activations, Sun et al. 2024, arXiv 2402.17762). Damped by a mean that is that neuron's alone, the
+    covariance of all others would be lost.
+
+    Args:
+        diagonal: Shape: `(num,)`.
+
+    Examples:
+        >>> damping_scale(torch.tensor([1.0] * 49 + [1e6]))
+        tensor(1.)
+    """
+    counted = len(diagonal) - len(diagonal) // _LARGEST
+    mean: Tensor = diagonal.topk(counted, largest=False, sorted=False).values.mean()
+    return mean
 
 
 def whiten(grad: Tensor, neuron_factor: Tensor | None, output_factor: Tensor | None = None) -> Tensor:

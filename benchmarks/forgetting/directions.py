@@ -33,7 +33,7 @@ from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.objectives import mean_answer_nll
 
 METHODS: Mapping[str, Mapping[str, object]] = {
-    "simu": {"method": "simu"},
+    "simu": {"method": "simu", "paced": True},
     "the same with Sophia's diagonal and clip": {
         "method": "all_neurons",
         "objective": "probability",

@@ -33,6 +33,7 @@ from benchmarks.forgetting.harness.targets import SHAPED, TARGETS, Target, case_
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.attack.attack import attack_model
 from torch_simu.unlearning.attack.config import AttackConfig
+from torch_simu.unlearning.attack.result import AttackResult
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.metrics.scoring import score_answers
 
@@ -44,21 +45,42 @@ UNCHANGED = ("before", "retrained")
 
 def attacked(model: PreTrainedModel, case: Case, config: AttackConfig) -> dict[str, float]:
     """The worst that relearning brings back of the rows that it does not teach."""
-    result = attack_model(model, case.sets["forget"], attacks=["relearn"], config=config)["relearn"]
+    return worst_of(attack_model(model, case.sets["forget"], attacks=["relearn"], config=config)["relearn"])
+
+
+def lifted(model: PreTrainedModel, case: Case, config: AttackConfig) -> dict[str, float]:
+    """The same where as many near rows are taught in their place, of which nothing was forgotten.
+
+    It is what of relearning is the form of question and answer, which all of these rows share.
+    """
+    forget, near = case.sets["forget"], case.sets["near"]
+    taught = near[: len(forget[:: config.attacker_every])]
+    return worst_of(attack_model(model, forget, taught, attacks=["fine_tune"], config=config)["fine_tune"])
+
+
+def worst_of(result: AttackResult) -> dict[str, float]:
+    """The figures of an attack where most has come back."""
     return {key: result.worst[key] for key in ("probability", "es")}
 
 
-def configured(case: Case, target: Target, seed: int, choices: Mapping[str, object]) -> UnlearnConfig:
+def configured(
+    case: Case, target: Target, seed: int, choices: Mapping[str, object], *, retain_batches: int = 1
+) -> UnlearnConfig:
     """Every choice of a run."""
-    sizes = dict.fromkeys(("forget_batch_size", "retain_batch_size", "hessian_batch_size"), case.batch_size)
+    sizes = dict.fromkeys(("forget_batch_size", "hessian_batch_size"), case.batch_size)
+    sizes["retain_batch_size"] = retain_batches * case.batch_size
     return UnlearnConfig(seed=seed, forget_target=target.probability, **{**target.shared, **sizes, **choices})
 
 
 def tuned(case: Case, target: Target, contender: Contender) -> tuple[float, list[Row]]:
     """The step size that keeps most of the retain set on the tuning seed, and all tries."""
-    tries = []
-    for lr in target.rates[contender.unit]:
-        config = configured(case, target, TUNING_SEED, {**contender.choices, "lr": lr})
+    tries: list[Row] = []
+    rates = target.rates[contender.unit]
+    if len(rates) == 1:
+        return rates[0], tries
+    for lr in rates:
+        choices = {**contender.choices, "lr": lr}
+        config = configured(case, target, TUNING_SEED, choices, retain_batches=contender.retain_batches)
         model, row = forgotten(case, contender, config, traced=False)
         found = score_answers(model, case.sets["retain"], batch_size=BATCH)["probability"]
         tries.append({"lr": lr, **row, "retain_kept": kept(found, case.known["retain"])})
@@ -108,10 +130,14 @@ class Cell:
         row: Row = {"seed": seed, "method": name}
         model = case.model if name == "before" else case.retrained
         if name not in UNCHANGED:
-            choices = {**CONTENDERS[name].choices, "lr": self._result["lr"][name]}
-            model, found = forgotten(case, CONTENDERS[name], configured(case, self._target, seed, choices))
+            contender = CONTENDERS[name]
+            choices = {**contender.choices, "lr": self._result["lr"][name]}
+            config = configured(case, self._target, seed, choices, retain_batches=contender.retain_batches)
+            model, found = forgotten(case, contender, config)
             row |= found
-        return {**row, **measured(model, case), "back": attacked(model, case, self._target.attack)}
+        row |= measured(model, case) | {"back": attacked(model, case, self._target.attack)}
+        # Facts of one template and one word are taught to a pretrained model by any of them.
+        return {**row, "format": lifted(model, case, self._target.attack)} if "text" in case.sets else row
 
     def _save(self) -> None:
         write_result(

@@ -71,6 +71,12 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
             "but less than a tenth of what the default changes.",
             forgetting.directions,
         ),
+        "massive": Claim(
+            "In some layers of SmolLM2-135M-Instruct one neuron sets the mean of the diagonal of the neurons' "
+            "covariance, which is more than a hundred times the mean without the largest fiftieth; that is at most "
+            "four times the median in every layer.",
+            forgetting.massive,
+        ),
         "lasting": Claim(
             "At the forget target the default keeps more than first order, second order and SOUL's steps on all "
             "weights with its objective, and moves the predictions of what is to be kept no farther; it keeps no less "

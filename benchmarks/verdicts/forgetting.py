@@ -171,6 +171,15 @@ def directions(rows: Sequence[Row]) -> Iterator[Part]:
     yield part(f"of what {diagonal} changed", share(method=diagonal, change="method"), "more than", 1 / 3)
 
 
+def massive(rows: Sequence[Row]) -> Iterator[Part]:
+    """How far one neuron moves the mean of a layer's diagonal, and how near the trimmed one is to the median."""
+    means, trimmed = (
+        [row[kind] / row[beside] for row in rows] for kind, beside in (("mean", "trimmed"), ("trimmed", "median"))
+    )
+    yield part("mean beside the trimmed one, most of all layers", max(means, default=None), "more than", 100)
+    yield part("trimmed mean beside the median, most of all layers", max(trimmed, default=None), "at most", 4)
+
+
 def recommending(rows: Sequence[Row]) -> Iterator[Part]:
     """What the recommended run of each model keeps beside the best of its grid, each set for itself."""
     models = list(dict.fromkeys(row["model"] for row in rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from benchmarks.forgetting.harness.shapes import SHAPES
 from benchmarks.forgetting.harness.targets import TARGETS, case_of
 from benchmarks.forgetting.harness.taught import memorizing
 from benchmarks.forgetting.harness.tracing import EVERY, Trace
-from benchmarks.forgetting.lasting import configured
+from benchmarks.forgetting.lasting import attacked, configured, lifted, tuned
 from torch_simu.layers import attention_projections, down_projections, neuron_weight
 from torch_simu.unlearning.attack.rows import split_rows
 from torch_simu.unlearning.data.rows import Row
@@ -149,6 +150,51 @@ def test_a_loop_leaves_a_plain_model_that_is_what_was_measured_last(case: Case, 
     assert row["trace"][-1]["forget"] == pytest.approx(sum(found) / len(found), rel=1e-3)
     assert moved(model, case.model) > 0
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["SOUL's steps, all weights, bounded", "LoRA, bounded"])
+def test_a_paced_loop_begins_with_a_hundredth_of_its_step_size(case: Case, name: str) -> None:
+    contender = CONTENDERS[name]
+    distances = []
+    for paced, lr in ((True, 1e-2), (False, 1e-4)):
+        # Measured once, at its end, so that no step size changed yet.
+        choices = {**contender.choices, "lr": lr, "paced": paced, "max_steps": 3, "eval_interval": 3}
+        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, choices), traced=False)
+        distances.append(moved(model, case.model))
+    assert distances[0] == pytest.approx(distances[1]) and distances[0] > 0
+
+
+def test_a_paced_loop_takes_longer_steps_where_little_is_forgotten(case: Case) -> None:
+    contender = CONTENDERS["SOUL's steps, all weights, bounded"]
+    distances = []
+    for paced, lr in ((True, 1e-6), (False, 1e-8)):
+        choices = {**contender.choices, "lr": lr, "paced": paced, "max_steps": 6, "eval_interval": 1}
+        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, choices), traced=False)
+        distances.append(moved(model, case.model))
+    # Of six steps the last four are longer by half each time: 1 1 1.5 2.25 3.38 5.06.
+    assert distances[0] > 1.5 * distances[1]
+
+
+def test_where_one_step_size_is_left_nothing_is_tried(case: Case) -> None:
+    target = TARGETS["quick"]._replace(rates={"shares": (0.25,)})
+    assert tuned(case, target, CONTENDERS["simu"]) == (0.25, [])
+
+
+def test_what_is_rehearsed_beside_retain_rows_has_a_batch_for_each(case: Case) -> None:
+    contender = CONTENDERS["simu, rehearsed"]
+    config = configured(case, TARGETS["quick"], 0, contender.choices, retain_batches=contender.retain_batches)
+    assert (config.forget_batch_size, config.retain_batch_size) == (case.batch_size, 2 * case.batch_size)
+
+
+def test_what_near_rows_lift_is_what_teaching_forgotten_ones_lifts_where_they_are_the_same(case: Case) -> None:
+    config = TARGETS["quick"].attack
+    taught, scored = split_rows(case.sets["forget"], every=config.attacker_every)
+    same = replace(case, sets={**case.sets, "near": taught + case.sets["world"]})
+    assert lifted(case.model, same, config) == pytest.approx(attacked(case.model, same, config))
+    other = replace(case, sets={**case.sets, "near": case.sets["world"]})
+    assert lifted(case.model, other, config) != pytest.approx(attacked(case.model, other, config))
+    with pytest.raises(ValueError, match="scored"):
+        lifted(case.model, replace(case, sets={**case.sets, "near": scored}), config)
 
 
 def test_a_model_that_was_taught_is_read_from_its_folder(tmp_path: Path, case: Case) -> None:

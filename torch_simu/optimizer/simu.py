@@ -74,7 +74,7 @@ class SIMUOptimizer(CurvatureUpdates):
             empirical Fisher of other packages: explicit, because it is none). Or `update_curvature`, from hooks: the
             covariance of the selected neurons among themselves ("neurons"), and of their layer's outputs beside it
             ("both").
-        damping: What is added to the diagonal of a covariance, as a share of its mean.
+        damping: What is added to the diagonal of a covariance, as a share of its mean (without its largest fiftieth).
         fused: Make each diagonal step by one Triton kernel a weight, which gathers, advances and writes the selected
             entries in one pass: for float32, bfloat16 and float16 weights on CUDA, whole or with rows or columns
             selected, and float32 or bfloat16 state. Needs triton. Off by default, because its speed has not been

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from torch_simu import NeuronSelection, attribute_neurons
+from torch_simu import NeuronSelection, attribute_neurons, whitening
 from torch_simu.attribution.attribution import Dual
 from torch_simu.layers import attention_projections, down_projections, is_neuron_layer, neuron_weight
 from torch_simu.unlearning.data.batches import batches_in_order
@@ -32,12 +33,16 @@ class Contender:
         unit: What its step size is one of.
         steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer or with LoRA matrices.
         mask: The neurons that train, of a case and a seed; None: those of the configuration.
+        retain_batches: Batches of retain rows beside one of forget rows in a step.
+        within: What a run of it is made in.
     """
 
     choices: Mapping[str, object]
     unit: Unit
     steps: Literal["unlearn", "soul", "low rank"] = "unlearn"
     mask: Callable[[Case, int], NeuronSelection] | None = None
+    retain_batches: int = 1
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -87,12 +92,25 @@ def third_by_dual(dual: Dual) -> Callable[[Case, int], NeuronSelection]:
     return mask
 
 
+@contextmanager
+def damped_by_all() -> Iterator[None]:
+    """Damping relative to the mean of all entries of a diagonal, the largest too."""
+    mean = whitening.damping_scale
+    whitening.damping_scale = Tensor.mean
+    try:
+        yield
+    finally:
+        whitening.damping_scale = mean
+
+
 SHARE = 0.3
 BOUNDED = {"objective": "probability", "balance": True}
-STEP = {"method": "simu", "paced": False}
-"""The default, at a fixed step size."""
+STEP = {"method": "simu"}
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
+SECOND = {"method": "so_graddiff"}
+# Twice the retain rows, so that as many of those that were there are in a step as without.
+REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
 DEFAULT = "simu"
 RIVALS = (
@@ -110,13 +128,25 @@ CONTENDERS: Mapping[str, Contender] = {
     "simu with an adversary of all weights": Contender(
         choices={**STEP, "adversary_lr": 3e-4, "adversary_scope": "all"}, unit="shares"
     ),
+    "simu, rehearsed, with an adversary": Contender(
+        choices={**STEP, **REHEARSED, "adversary_lr": 1e-4, "adversary_scope": "all"}, unit="shares", retain_batches=2
+    ),
+    "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", retain_batches=2),
+    **{
+        f"{name}, bounded, rehearsed": Contender(
+            choices={**step, **BOUNDED, **REHEARSED}, unit="weights", retain_batches=2
+        )
+        for name, step in {"first order": FIRST, "second order": SECOND}.items()
+    },
+    "simu, damped by the mean of all": Contender(choices=STEP, unit="shares", within=damped_by_all),
+    "simu without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
     "fo_graddiff": Contender(choices=FIRST, unit="weights"),
-    "so_graddiff": Contender(choices={"method": "so_graddiff"}, unit="weights"),
+    "so_graddiff": Contender(choices=SECOND, unit="weights"),
     "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),
     RIVALS[0]: Contender(choices={**FIRST, **BOUNDED}, unit="weights"),
     # The Gauss-Newton diagonal of the retain set, from labels that the model samples.
-    RIVALS[1]: Contender(choices={"method": "so_graddiff", **BOUNDED}, unit="weights"),
-    RIVALS[2]: Contender(choices={"method": "so_graddiff", **BOUNDED}, unit="weights", steps="soul"),
+    RIVALS[1]: Contender(choices={**SECOND, **BOUNDED}, unit="weights"),
+    RIVALS[2]: Contender(choices={**SECOND, **BOUNDED}, unit="weights", steps="soul"),
     "diagonal, critical neurons, bounded": Contender(choices={"method": "simu_graddiff", **BOUNDED}, unit="columns"),
     CONTROLS[0]: Contender(choices=STEP, unit="shares", mask=anywhere),
     CONTROLS[1]: Contender(choices=STEP, unit="shares", mask=attention),

@@ -23,6 +23,7 @@ from torch_simu.unlearning.differentiate import differentiate, retain_weight
 from torch_simu.unlearning.driver import unlearn
 from torch_simu.unlearning.metrics.scoring import mode, score_answers
 from torch_simu.unlearning.objectives import REFUSING, make_objective
+from torch_simu.unlearning.pace import FIRST_SHARE, pace
 from torch_simu.unlearning.progress import Progress
 from torch_simu.unlearning.steps import StepBatches
 
@@ -41,7 +42,8 @@ def forgotten(
         refusals = encode_refusals(case.tokenizer) if config.objective in REFUSING and case.tokenizer else None
         mask = None if contender.mask is None else contender.mask(case, config.seed)
         forget, retain = case.sets["forget"], case.sets["retain"]
-        done = unlearn(model, forget, retain, config=config, refusals=refusals, selection=mask, progress=trace)
+        with contender.within():
+            done = unlearn(model, forget, retain, config=config, refusals=refusals, selection=mask, progress=trace)
         row: Row = {"steps": done.steps, "reached": done.reached, "seconds": done.seconds}
         log = done.log
     else:
@@ -74,6 +76,8 @@ def by_loop(
                 found = score_answers(model, case.sets["forget"], batch_size=BATCH)["probability"]
                 log[-1]["forget_probability"] = sum(found) / len(found)
                 reached = log[-1]["forget_probability"] <= config.forget_target
+            if config.paced:
+                pace(optimizer, log, largest=config.lr)
             if progress is not None:
                 progress("unlearn", number + 1, number + 1 if reached else config.max_steps)
     model.requires_grad_(True)
@@ -83,11 +87,12 @@ def by_loop(
 @contextmanager
 def trained_by(model: PreTrainedModel, contender: Contender, config: UnlearnConfig) -> Iterator[Optimizer]:
     """SOUL's optimizer of all weights, or AdamW of LoRA matrices, which are a part of the weights afterwards."""
+    lr = config.lr * (FIRST_SHARE if config.paced else 1.0)
     if contender.steps == "soul":
-        yield SIMUOptimizer(model.requires_grad_(True).parameters(), **soul(lr=config.lr))
+        yield SIMUOptimizer(model.requires_grad_(True).parameters(), **soul(lr=lr))
         return
     with low_rank(model, rank=RANK, seed=config.seed) as matrices:
-        yield AdamW(matrices, lr=config.lr, weight_decay=0.0)
+        yield AdamW(matrices, lr=lr, weight_decay=0.0)
         for layer in model.modules():
             if isinstance(layer, nn.Module) and hasattr(layer, "lora_A"):
                 layer.merge()

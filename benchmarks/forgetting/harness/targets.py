@@ -16,13 +16,9 @@ SMALL_MODELS = {
     "shares": (0.04, 0.08, 0.16),
     "low rank": (5e-4, 1e-3, 2e-3),
 }
-PRETRAINED = {
-    "weights": (5e-6, 1e-5, 2e-5),
-    "columns": (2e-4, 4e-4, 8e-4),
-    "shares": (2e-4, 4e-4, 8e-4),
-    "low rank": (5e-5, 1e-4, 2e-4),
-}
 """Step sizes to try, by what they are one of. LoRA's are ten times those of all weights."""
+PRETRAINED = {"weights": (5e-4,), "columns": (0.02,), "shares": (0.04,), "low rank": (5e-3,)}
+"""The largest step size: there each run is paced, begins with a hundredth of it, and takes about as many steps."""
 
 
 class Target(NamedTuple):
@@ -34,10 +30,10 @@ class Target(NamedTuple):
     attack: AttackConfig
 
 
-SHARED = {"hessian_interval": 5, "max_steps": 300, "eval_interval": 3, "max_completeness_error": None}
+SHARED = {"paced": False, "hessian_interval": 5, "max_steps": 300, "eval_interval": 3, "max_completeness_error": None}
 FEW_ROWS = {**SHARED, "attribution_steps": 5, "attribution_rows": 60}
 # A whole pass through the pretrained model takes seconds.
-PLAIN = {**SHARED, "attribution_steps": 3, "attribution_rows": 30, "max_steps": 100, "eval_interval": 2}
+PLAIN = {**SHARED, "attribution_steps": 3, "attribution_rows": 30, "max_steps": 150, "eval_interval": 2}
 ATTACK = AttackConfig(rates=(2e-4, 5e-4, 1e-3), steps=40, interval=10, batch_size=10, eval_batch_size=BATCH)
 GENTLE = AttackConfig(rates=(1e-5, 3e-5), steps=30, interval=6, batch_size=10, eval_batch_size=BATCH)
 SHORT = AttackConfig(rates=(1e-3,), steps=4, interval=2, batch_size=4, eval_batch_size=BATCH)
@@ -45,7 +41,7 @@ TARGETS = {
     "demo": Target(0.1, SMALL_MODELS, FEW_ROWS, ATTACK),
     "tofu": Target(0.05, SMALL_MODELS, FEW_ROWS, ATTACK),
     "lume": Target(0.05, SMALL_MODELS, FEW_ROWS, ATTACK),
-    "pretrained": Target(0.05, PRETRAINED, {**PLAIN, "retain_term": "kl"}, GENTLE),
+    "pretrained": Target(0.05, PRETRAINED, {**PLAIN, "paced": True, "retain_term": "kl"}, GENTLE),
     "quick": Target(
         0.5, {unit: rates[-1:] for unit, rates in SMALL_MODELS.items()}, {**FEW_ROWS, "max_steps": 24}, SHORT
     ),
