@@ -265,6 +265,7 @@ TABLES = {
     "lasting_demo": lambda: kept_and_back(loaded("lasting_demo")),
     "variants": lambda: variants(loaded("variants")),
     "lasting_tofu": lambda: kept_and_back(loaded("lasting_tofu")),
+    "lasting_pretrained": lambda: kept_and_back(loaded("lasting_pretrained")),
     "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""

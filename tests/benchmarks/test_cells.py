@@ -137,6 +137,13 @@ def test_a_column_that_no_row_fills_is_left_out() -> None:
     assert first.startswith(f"| {RIVALS[0]} | 0.150 \u00b1 0.000 | 0.150") and first.endswith("| -0.500 \u00b1 0.000 |")
 
 
+def test_what_near_rows_lift_stands_beside_what_relearning_brings_back() -> None:
+    rows = [row | {"format": {"probability": 0.125}} for row in evidence()]
+    lines = list(kept_and_back({"rows": rows, "lr": {"simu": 0.04}}))
+    assert lines[0].endswith("| relearned, prob. | near rows taught, prob. |")
+    assert lines[2].endswith("| 0.200 \u00b1 0.010 | 0.125 \u00b1 0.000 |")
+
+
 def test_the_page_of_the_cells_is_what_their_rows_give() -> None:
     path = Path(__file__).parents[2] / "docs" / "benchmarks.md"
     assert path.read_text() == page(path.read_text()), "run python -m benchmarks.pages benchmarks"

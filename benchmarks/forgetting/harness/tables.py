@@ -69,10 +69,12 @@ def kept_and_back(result: Mapping[str, Any]) -> Iterator[str]:
                 ended(ours),
                 *(cell(ours, of_set(name, measure)) for name, measure in sets),
                 cell(ours, relearned),
+                cell(ours, of_set("format", "probability")),
             ]
 
     heads = [f"{name}, {measure}" for name, measure in sets]
-    yield from table(["method", "step size", "steps", "forget prob.", *heads, "relearned, prob."], lines())
+    after = ["relearned, prob.", "near rows taught, prob."]
+    yield from table(["method", "step size", "steps", "forget prob.", *heads, *after], lines())
 
 
 def qualities(rows: Sequence[Row]) -> Callable[[Row], float | None]:
