@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.forgetting.cases import Case, demo_case
 from benchmarks.forgetting.harness.contenders import Contender
 from benchmarks.forgetting.harness.running import forgotten
-from benchmarks.forgetting.harness.targets import TARGETS
+from benchmarks.forgetting.harness.targets import TARGETS, tuned
 from benchmarks.forgetting.lasting import configured
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu import register_neuron_hooks
@@ -72,7 +72,7 @@ def rows_of(case: Case, seed: int) -> Iterator[dict[str, object]]:
     forget = case.sets["forget"]
     found = directions(case.model, forget)
     for name, choices in METHODS.items():
-        config = configured(case, TARGETS["demo"], seed, choices)
+        config = configured(case, tuned(TARGETS["demo"]), seed, choices)
         model, _ = forgotten(case, Contender(choices=choices, unit="weights"), config, traced=False)
         copied = ModelCopy(model)
         taught, scored = forget[::3], [row for place, row in enumerate(forget) if place % 3]

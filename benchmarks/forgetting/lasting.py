@@ -2,11 +2,14 @@
 
 The targets are the demo's people, rows of TOFU and of LUME in models of three million weights that have memorized them,
 and capitals in a model that was really pretrained, where the retain term is the divergence from the model as it was.
-Every contender has three tries for its step size on a seed that is not shown; the best is the one that keeps most of
-the retain set (mean probability) when the forget target is reached. Then each runs on every seed, is measured, and is
-attacked: AdamW on all weights teaches a third of the forget rows again, at several rates, and the others are scored.
+No step size is tried: each run begins with a hundredth of its largest and is paced, as the default is, so that all
+take about as many steps. With `--tuned` every contender has three tries for a fixed one on a seed that is not shown,
+and the best is that which keeps most of the retain set (mean probability) when the forget target is reached. Each
+contender runs on every seed, is measured, and is attacked: AdamW on all weights teaches a third of the forget rows
+again, at several rates, and the others are scored.
 Usage: python -m benchmarks.forgetting.lasting --target demo --seeds 0 1 2
        python -m benchmarks.forgetting.lasting --target tofu --shape gpt2 --data data --work lasting
+       python -m benchmarks.forgetting.lasting --target lume --tuned --data data --work lasting
        python -m benchmarks.forgetting.lasting --target pretrained --work lasting --seeds 0 1 2
 All cells: python -m benchmarks.forgetting
 """
@@ -29,7 +32,7 @@ from benchmarks.forgetting.harness.contenders import CONTENDERS, Contender
 from benchmarks.forgetting.harness.measures import kept, measured
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.shapes import SHAPES
-from benchmarks.forgetting.harness.targets import SHAPED, TARGETS, Target, case_of
+from benchmarks.forgetting.harness.targets import SHAPED, TARGETS, TUNABLE, Target, case_of, tuned
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.attack.attack import attack_model
 from torch_simu.unlearning.attack.config import AttackConfig
@@ -72,8 +75,8 @@ def configured(
     return UnlearnConfig(seed=seed, forget_target=target.probability, **{**target.shared, **sizes, **choices})
 
 
-def tuned(case: Case, target: Target, contender: Contender) -> tuple[float, list[Row]]:
-    """The step size that keeps most of the retain set on the tuning seed, and all tries."""
+def best_rate(case: Case, target: Target, contender: Contender) -> tuple[float, list[Row]]:
+    """The step size that keeps most of the retain set on the tuning seed, and all tries; none where there is one."""
     tries: list[Row] = []
     rates = target.rates[contender.unit]
     if len(rates) == 1:
@@ -98,18 +101,21 @@ class Cell:
         data: Folder with `tofu` and `lume`.
         work: Folder for the models.
         out: The file.
+        tries: Whether fixed step sizes are tried.
     """
 
-    def __init__(self, target: str, shape: str, data: Path | None, work: Path | None, out: Path) -> None:
+    def __init__(
+        self, target: str, shape: str, data: Path | None, work: Path | None, out: Path, *, tries: bool = False
+    ) -> None:
         self._name, self._shape, self._data, self._work, self._out = target, shape, data, work, out
-        self._target = TARGETS[target]
+        self._target = tuned(TARGETS[target]) if tries else TARGETS[target]
         self._result = json.loads(out.read_text()) if out.exists() else {"rows": [], "tries": {}, "lr": {}}
 
     def run(self, contenders: Sequence[str], seeds: Sequence[int]) -> None:
         """Tune what is not tuned yet, then run every contender on every seed."""
         for name in contenders:
             if name not in self._result["lr"]:
-                found = tuned(self._case(TUNING_SEED), self._target, CONTENDERS[name])
+                found = best_rate(self._case(TUNING_SEED), self._target, CONTENDERS[name])
                 self._result["lr"][name], self._result["tries"][name] = found
                 self._save()
         for seed in seeds:
@@ -155,15 +161,17 @@ class Cell:
         )
 
 
-def file_of(target: str, shape: str) -> str:
+def file_of(target: str, shape: str, *, tries: bool = False) -> str:
     """The name of a cell's result file; a Llama's has that of the target alone."""
-    return f"lasting_{target}_cpu_202611.json" if shape == "llama" else f"lasting_{target}_{shape}_cpu_202611.json"
+    parts = ("lasting", target, *(() if shape == "llama" else (shape,)), *(("tuned",) if tries else ()))
+    return f"{'_'.join(parts)}_cpu_202611.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llama", help=f"architecture, for {', '.join(SHAPED)}")
+    parser.add_argument("--tuned", action="store_true", help=f"try fixed step sizes, for {', '.join(TUNABLE)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--data", type=Path, help="folder with tofu and lume, the rows of the two")
@@ -173,9 +181,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.shape != "llama" and options.target not in SHAPED:
         parser.error(f"--shape is for {', '.join(SHAPED)}")
+    if options.tuned and options.target not in TUNABLE:
+        parser.error(f"--tuned is for {', '.join(TUNABLE)}")
     torch.set_num_threads(options.threads)
-    out = options.out or RESULTS / file_of(options.target, options.shape)
-    Cell(options.target, options.shape, options.data, options.work, out).run(options.contenders, options.seeds)
+    out = options.out or RESULTS / file_of(options.target, options.shape, tries=options.tuned)
+    cell = Cell(options.target, options.shape, options.data, options.work, out, tries=options.tuned)
+    cell.run(options.contenders, options.seeds)
 
 
 if __name__ == "__main__":

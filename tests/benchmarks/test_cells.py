@@ -120,9 +120,18 @@ def test_a_frontier_is_the_mean_over_its_levels() -> None:
         {"step": step, "forget": level, "retain": {"kl": 0.0, "kept": kept}, "world": {"kl": 0.0, "kept": kept / 2}}
         for step, (level, kept) in enumerate(((0.5, 1.0), (0.2, 0.8), (0.1, 0.6), (0.05, 0.4)))
     ]
-    assert frontier(trace) == pytest.approx(0.75 * (1.0 + 0.8 + 0.6 + 0.4) / 4)
-    assert frontier([]) is None
-    assert frontier(trace[:2]) is None
+    assert frontier(trace, 1.0) == pytest.approx(0.75 * (1.0 + 0.8 + 0.6 + 0.4) / 4)
+    assert frontier([], 1.0) is None
+    assert frontier(trace[:2], 1.0) is None
+
+
+def test_a_frontier_begins_where_the_model_was() -> None:
+    trace = [
+        {"step": step, "forget": level, "retain": {"kl": 0.0, "kept": kept}}
+        for step, (level, kept) in enumerate(((0.1, 0.6), (0.05, 0.4)))
+    ]
+    # A model that knew the set at 0.4 was never at 0.5; halfway down to 0.1 in ratio it is at 0.2.
+    assert frontier(trace, 0.4) == pytest.approx((0.8 + 0.6 + 0.4) / 3)
 
 
 def test_a_column_that_no_row_fills_is_left_out() -> None:

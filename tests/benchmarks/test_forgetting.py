@@ -26,10 +26,10 @@ from benchmarks.forgetting.harness.measures import influence, measured, moved
 from benchmarks.forgetting.harness.rows import documents, side_by_side
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.shapes import SHAPES
-from benchmarks.forgetting.harness.targets import TARGETS, case_of
+from benchmarks.forgetting.harness.targets import TARGETS, TUNABLE, case_of, tuned
 from benchmarks.forgetting.harness.taught import memorizing
 from benchmarks.forgetting.harness.tracing import EVERY, Trace
-from benchmarks.forgetting.lasting import attacked, configured, lifted, tuned
+from benchmarks.forgetting.lasting import attacked, best_rate, configured, file_of, lifted
 from torch_simu.layers import attention_projections, down_projections, neuron_weight
 from torch_simu.unlearning.attack.rows import split_rows
 from torch_simu.unlearning.data.rows import Row
@@ -177,7 +177,16 @@ def test_a_paced_loop_takes_longer_steps_where_little_is_forgotten(case: Case) -
 
 def test_where_one_step_size_is_left_nothing_is_tried(case: Case) -> None:
     target = TARGETS["quick"]._replace(rates={"shares": (0.25,)})
-    assert tuned(case, target, CONTENDERS["simu"]) == (0.25, [])
+    assert best_rate(case, target, CONTENDERS["simu"]) == (0.25, [])
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_a_tuned_cell_has_tries_and_no_pace_and_a_file_of_its_own(name: str) -> None:
+    paced, fixed = TARGETS[name], tuned(TARGETS[name])
+    assert paced.shared["paced"] and all(len(rates) == 1 for rates in paced.rates.values())
+    assert not fixed.shared["paced"] and all(len(set(rates)) == 3 for rates in fixed.rates.values())
+    assert file_of(name, "gpt2", tries=True) == f"lasting_{name}_gpt2_tuned_cpu_202611.json"
+    assert file_of(name, "gpt2") == f"lasting_{name}_gpt2_cpu_202611.json"
 
 
 def test_what_is_rehearsed_beside_retain_rows_has_a_batch_for_each(case: Case) -> None:

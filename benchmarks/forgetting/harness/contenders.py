@@ -139,10 +139,16 @@ CONTENDERS: Mapping[str, Contender] = {
         for name, step in {"first order": FIRST, "second order": SECOND}.items()
     },
     "simu, damped by the mean of all": Contender(choices=STEP, unit="shares", within=damped_by_all),
+    "simu, covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
+    # So much damping leaves the plain gradient, at the same length.
+    "simu, trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),
     "simu without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
     "fo_graddiff": Contender(choices=FIRST, unit="weights"),
     "so_graddiff": Contender(choices=SECOND, unit="weights"),
     "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),
+    "simu_graddiff, threshold and attention": Contender(
+        choices={"method": "simu_graddiff", "rule": "threshold", "attention": "full"}, unit="columns"
+    ),
     RIVALS[0]: Contender(choices={**FIRST, **BOUNDED}, unit="weights"),
     # The Gauss-Newton diagonal of the retain set, from labels that the model samples.
     RIVALS[1]: Contender(choices={**SECOND, **BOUNDED}, unit="weights"),

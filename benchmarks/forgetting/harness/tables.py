@@ -91,11 +91,17 @@ def qualities(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     return quality
 
 
+def frontiers(rows: Sequence[Row]) -> Callable[[Row], float | None]:
+    """The frontier of a row, from where the model of its seed was before."""
+    start = {row["seed"]: row["forget"]["probability"] for row in rows if row["method"] == "before"}
+    return lambda row: frontier(row["trace"], start.get(row["seed"], 1.0)) if "trace" in row else None
+
+
 def measures(result: Mapping[str, Any]) -> Iterator[str]:
     """What else was measured of each method, where its rows have it."""
     rows = result["rows"]
     columns: dict[str, Value] = {
-        "frontier": lambda row: frontier(row["trace"]) if "trace" in row else None,
+        "frontier": frontiers(rows),
         "KL to the start": divergence,
         "weights moved": lambda row: row.get("moved"),
         "hiding": lambda row: row["influence"]["hiding"] if "influence" in row else None,
@@ -117,7 +123,7 @@ def differences(result: Mapping[str, Any]) -> Iterator[str]:
     columns: dict[str, Value] = {
         **{f"{name}, {measure}": of_set(name, measure) for name, measure in sets},
         "all of them": in_all(sets),
-        "frontier": lambda row: frontier(row["trace"]) if "trace" in row else None,
+        "frontier": frontiers(rows),
         "KL to the start": divergence,
         "relearned, prob.": relearned,
     }

@@ -78,17 +78,22 @@ LEVELS = (0.5, 0.2, 0.1)
 """Forget probabilities at which runs are compared, beside the one they end with."""
 
 
-def frontier(trace: Sequence[Mapping[str, Any]]) -> float | None:
+def frontier(trace: Sequence[Mapping[str, Any]], start: float) -> float | None:
     """What a run keeps while it forgets: the mean over levels of the forget probability, and over the sets.
 
     Between two points it is interpolated over the logarithm of the forget probability; before the first step all is
-    kept. None where a run does not come down to the levels.
+    kept. Levels above the start are left out. None where a run does not come down to the others.
+
+    Args:
+        trace: The points of the run.
+        start: The forget probability before the first step.
     """
     if not trace:
         return None
     names = [name for name in KEPT if name in trace[0]]
-    points = [(1.0, 1.0), *((point["forget"], mean(point[name]["kept"] for name in names)) for point in trace)]
-    found = [at_level(points, level) for level in (*LEVELS, points[-1][0])]
+    points = [(start, 1.0), *((point["forget"], mean(point[name]["kept"] for name in names)) for point in trace)]
+    levels = [level for level in LEVELS if level < start]
+    found = [at_level(points, level) for level in (*levels, points[-1][0])]
     return None if None in found else mean(found)
 
 

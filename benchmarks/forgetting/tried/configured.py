@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.harness.contenders import Contender
 from benchmarks.forgetting.harness.running import forgotten
-from benchmarks.forgetting.harness.targets import TARGETS
+from benchmarks.forgetting.harness.targets import TARGETS, tuned
 from benchmarks.forgetting.lasting import Row
 from benchmarks.forgetting.lasting import configured as config_of
 
 LR = 0.04
-TARGET = TARGETS["demo"]
+TARGET = tuned(TARGETS["demo"])
 
 
 def configured(case: Case, seed: int, **choices: object) -> tuple[PreTrainedModel, Row]:

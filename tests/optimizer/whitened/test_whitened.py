@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests import mutants
 from tests.optimizer.whitened import whitened
+from tests.optimizer.whitened.whitened import OPTIONS, small
 from tests.strategies import Layer, Options, float_dtypes, layers, normal, options, seeds
 from torch_simu import NeuronSelection, SIMUOptimizer, attach_deltas, register_neuron_hooks
 from torch_simu.hooks import NeuronHookError
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("device")
 
 DEVICE = st.sampled_from([{}, {"capturable": True}])
 CURVATURES = st.sampled_from(["neurons", "both"])
-OPTIONS = Options(lr=0.05, beta1=0.5, beta2=0.9, rho=1.0, weight_decay=0.1, clip=0.5, interval=2)
 chosen_layers = layers().filter(lambda layer: bool(layer.neurons))
 
 
@@ -31,16 +30,11 @@ def test_a_step_is_that_of_dense_inverses(
     whitened.steps_match_dense_inverses(SIMUOptimizer, layer, options, seed, curvature, **extra)
 
 
-@given(layers(), options, float_dtypes, seeds, DEVICE)
+@given(layers(), options, float_dtypes, seeds, CURVATURES, DEVICE)
 def test_unselected_weights_are_bit_identical(
-    layer: Layer, options: Options, dtype: torch.dtype, seed: int, extra: dict[str, Any]
+    layer: Layer, options: Options, dtype: torch.dtype, seed: int, curvature: str, extra: dict[str, Any]
 ) -> None:
-    run = whitened.Run(SIMUOptimizer, layer, options, dtype, **extra)
-    before = run.net.down.weight.detach().clone()
-    for number in range(3 if layer.neurons else 0):
-        run.train(seed, number, number + 1)
-    after = run.net.down.weight.detach()
-    assert torch.equal(after[~layer.mask()], before[~layer.mask()])
+    whitened.unselected_weights_stay(SIMUOptimizer, layer, options, dtype, seed, curvature=curvature, **extra)
 
 
 @given(chosen_layers, options, seeds, CURVATURES, DEVICE)
@@ -67,41 +61,6 @@ def test_a_reload_continues_bit_by_bit(
     layer: Layer, options: Options, dtype: torch.dtype, seed: int, curvature: str, extra: dict[str, Any]
 ) -> None:
     whitened.reload_continues_identically(SIMUOptimizer, layer, options, dtype, seed, curvature=curvature, **extra)
-
-
-def small(neurons: tuple[int, ...] = (1, 4), dim: int = -1) -> Layer:
-    """A layer of six neurons."""
-    return Layer(num_neurons=6, width=3, dim=dim, contiguous=True, neurons=neurons, seed=3)
-
-
-@pytest.mark.parametrize(
-    ("mutant", "curvature"),
-    [
-        (mutants.forgets_the_damping, "neurons"),
-        (mutants.whitens_nothing, "neurons"),
-        (mutants.whitens_the_outputs_with_the_neurons, "both"),
-        (mutants.moves_by_its_own_length, "neurons"),
-        (mutants.keeps_its_length, "neurons"),
-        (mutants.forgets_the_covariance_before, "neurons"),
-    ],
-)
-def test_a_wrong_step_is_seen(mutant: Any, curvature: str) -> None:
-    with mutants.implementation(mutant) as implementation, pytest.raises(AssertionError):
-        whitened.steps_match_dense_inverses(implementation, small(), OPTIONS, 0, curvature)
-
-
-def test_positions_that_no_scored_one_depends_on_must_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch_simu.hooks import record
-
-    monkeypatch.setattr(record, "_reached", mutants.counts_every_position(record._reached))
-    with pytest.raises(AssertionError):
-        whitened.steps_match_dense_inverses(SIMUOptimizer, small(), OPTIONS, 0, "neurons")
-
-
-@pytest.mark.parametrize("mutant", [mutants.keeps_dense_state, mutants.keeps_a_third_moment])
-def test_state_that_is_not_compact_is_seen(mutant: Any) -> None:
-    with mutants.implementation(mutant) as implementation, pytest.raises(AssertionError):
-        whitened.state_is_compact(implementation, small(), OPTIONS, 0, "neurons")
 
 
 def test_hooks_that_see_more_neurons_than_train_give_the_same_step() -> None:
