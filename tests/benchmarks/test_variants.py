@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.forgetting import variants
 from benchmarks.forgetting.cases import Case
-from benchmarks.forgetting.harness.targets import TARGETS, case_of
+from benchmarks.forgetting.harness.targets import TARGETS, case_of, tuned
 from benchmarks.forgetting.tried import configured as by_driver
 from benchmarks.forgetting.tried.configured import configured
 from benchmarks.forgetting.tried.ending import UntilUnpredicted
@@ -46,7 +46,7 @@ def weights(model) -> dict[str, Tensor]:
 def test_a_plain_loop_is_the_drivers_run_to_the_last_bit(
     case: Case, scope: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_driver, "TARGET", TARGETS["demo"])
+    monkeypatch.setattr(by_driver, "TARGET", tuned(TARGETS["demo"]))
     adversary = {} if scope is None else {"adversary_lr": 1e-3}
     driven, row = configured(case, 0, **SHORT, **adversary, **({} if scope is None else {"adversary_scope": scope}))
     ours, found = looped(case, 0, **SHORT, **adversary)

@@ -31,7 +31,7 @@ class Contender:
     Args:
         choices: Of an `UnlearnConfig`.
         unit: What its step size is one of.
-        steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer or with LoRA matrices.
+        steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer, with LoRA matrices, or RepSelect's.
         mask: The neurons that train, of a case and a seed; None: those of the configuration.
         retain_batches: Batches of retain rows beside one of forget rows in a step.
         within: What a run of it is made in.
@@ -39,7 +39,7 @@ class Contender:
 
     choices: Mapping[str, object]
     unit: Unit
-    steps: Literal["unlearn", "soul", "low rank"] = "unlearn"
+    steps: Literal["unlearn", "soul", "low rank", "collapse"] = "unlearn"
     mask: Callable[[Case, int], NeuronSelection] | None = None
     retain_batches: int = 1
     within: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -163,6 +163,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "the dual neurons of these alone": Contender(choices=STEP, unit="shares", mask=third_by_dual("isolate")),
     "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
     "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
+    "RepSelect": Contender(choices=FIRST, unit="shares", steps="collapse"),
     "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
     **{
         f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")

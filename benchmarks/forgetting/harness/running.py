@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import BATCH, Case
+from benchmarks.forgetting.harness.collapsing import collapsing
 from benchmarks.forgetting.harness.contenders import Contender
 from benchmarks.forgetting.harness.tracing import Trace
 from torch_simu.optimizer import GradientBalance, SIMUOptimizer, soul
@@ -59,16 +60,14 @@ def by_loop(
 ) -> tuple[Row, list[Row]]:
     """Forget with an optimizer that no method of the package has, on the batches that the others see."""
     started = time.perf_counter()
-    stream = StepBatches(case.sets["forget"], case.sets["retain"], config, 0, model.device)
     log: list[Row] = []
-    with mode(model, training=False), trained_by(model, contender, config) as optimizer:
-        objective = make_objective(config.objective, retain_weight=config.retain_weight, model=model)
-        balance = GradientBalance(optimizer)
+    with mode(model, training=False), STEPS[contender.steps](model, case, config) as (optimizer, differentiated):
+        for group in optimizer.param_groups:
+            group["lr"] *= FIRST_SHARE if config.paced else 1.0
         reached = False
         while len(log) < config.max_steps and not reached:
             number = len(log)
-            terms = objective.terms(model, stream.batch("forget", number), stream.batch("retain", number))
-            balance.combine_(retain_weight=retain_weight(differentiate(terms, balance=balance)))
+            differentiated(number)
             optimizer.step()
             optimizer.zero_grad()
             log.append({"step": number + 1})
@@ -84,15 +83,55 @@ def by_loop(
     return {"steps": len(log), "reached": reached, "seconds": time.perf_counter() - started}, log
 
 
+Steps = AbstractContextManager[tuple[Optimizer, Callable[[int], None]]]
+"""An optimizer, and what leaves the gradients of a step there, by its number."""
+
+
 @contextmanager
-def trained_by(model: PreTrainedModel, contender: Contender, config: UnlearnConfig) -> Iterator[Optimizer]:
-    """SOUL's optimizer of all weights, or AdamW of LoRA matrices, which are a part of the weights afterwards."""
-    lr = config.lr * (FIRST_SHARE if config.paced else 1.0)
-    if contender.steps == "soul":
-        yield SIMUOptimizer(model.requires_grad_(True).parameters(), **soul(lr=lr))
-        return
+def by_soul(model: PreTrainedModel, case: Case, config: UnlearnConfig) -> Iterator[tuple[Optimizer, Any]]:
+    """SOUL's optimizer of all weights."""
+    optimizer = SIMUOptimizer(model.requires_grad_(True).parameters(), **soul(lr=config.lr))
+    yield optimizer, balanced(model, case, config, optimizer)
+
+
+@contextmanager
+def by_low_rank(model: PreTrainedModel, case: Case, config: UnlearnConfig) -> Iterator[tuple[Optimizer, Any]]:
+    """AdamW of LoRA matrices, which are a part of the weights afterwards."""
     with low_rank(model, rank=RANK, seed=config.seed) as matrices:
-        yield AdamW(matrices, lr=lr, weight_decay=0.0)
+        optimizer = AdamW(matrices, lr=config.lr, weight_decay=0.0)
+        yield optimizer, balanced(model, case, config, optimizer)
         for layer in model.modules():
             if isinstance(layer, nn.Module) and hasattr(layer, "lora_A"):
                 layer.merge()
+
+
+@contextmanager
+def by_collapse(model: PreTrainedModel, case: Case, config: UnlearnConfig) -> Iterator[tuple[Optimizer, Any]]:
+    """RepSelect's one gradient, at every step."""
+    weights, gradients = collapsing(model, case, config)
+
+    def differentiated(number: int) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+
+    yield SGD(weights, lr=config.lr), differentiated
+
+
+STEPS: Mapping[str, Callable[[PreTrainedModel, Case, UnlearnConfig], Steps]] = {
+    "soul": by_soul,
+    "low rank": by_low_rank,
+    "collapse": by_collapse,
+}
+
+
+def balanced(model: PreTrainedModel, case: Case, config: UnlearnConfig, optimizer: Optimizer) -> Callable[[int], None]:
+    """What leaves the balanced gradients of a batch of each set."""
+    stream = StepBatches(case.sets["forget"], case.sets["retain"], config, 0, model.device)
+    objective = make_objective(config.objective, retain_weight=config.retain_weight, model=model)
+    balance = GradientBalance(optimizer)
+
+    def differentiated(number: int) -> None:
+        terms = objective.terms(model, stream.batch("forget", number), stream.batch("retain", number))
+        balance.combine_(retain_weight=retain_weight(differentiate(terms, balance=balance)))
+
+    return differentiated

@@ -25,6 +25,7 @@ from torch_simu.unlearning.objectives import answer_log_probs, mean_answer_nll
 
 DAMPING, EVERY = 0.1, 3
 """Of the covariances; steps between two measurements."""
+SETS = ("forget", "retain")
 
 
 class Loop:
@@ -39,6 +40,8 @@ class Loop:
         adversary_lr: As in an `UnlearnConfig`, of an adversary of all weights.
         adversary_from: The adversary is there from a forget probability of at most this on.
         adversary_retains: Whether the adversary learns the retain batch beside the forget batch.
+        adversary_every: Steps between two of the adversary's; between them it stays where it is.
+        covariance_of: The sets whose batches the covariances are of.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Loop:
         adversary_lr: float | None = None,
         adversary_from: float = 1.0,
         adversary_retains: bool = False,
+        adversary_every: int = 1,
+        covariance_of: Sequence[str] = ("forget",),
     ) -> None:
         self.case, self.probability, self.steps, self.known = case, probability, 0, 1.0
         self._max_steps = max_steps
@@ -67,10 +72,18 @@ class Loop:
         )
         self.balance = GradientBalance(self.optimizer)
         self.adversary, self._from, self._retains = None, adversary_from, adversary_retains
+        self._every, self._covariance_of = adversary_every, covariance_of
         if adversary_lr is not None:
             self.adversary = Adversary(self.optimizer, lr=adversary_lr, model=self.model)
         rows = (self.forget_rows(), case.sets["retain"])
-        self._streams = [Batches(each, case.batch_size, 3 * seed + place) for place, each in enumerate(rows)]
+        self._streams = {
+            name: Batches(each, case.batch_size, 3 * seed + place)
+            for place, (name, each) in enumerate(zip(SETS, rows, strict=True))
+        }
+
+    def batch(self, name: str, number: int) -> dict[str, Tensor]:
+        """The rows of a set that a step takes."""
+        return self._streams[name].batch(number)
 
     def neurons(self) -> NeuronSelection:
         """What trains."""
@@ -109,15 +122,16 @@ class Loop:
         both: dict[str, Any] = {"reduce": "covariance", "outputs": True, "recording": False}
         with register_neuron_hooks(self.model, self.selection, **both) as hooks:
             while self.steps < self._max_steps and not ended:
-                forget, following, retain = (
-                    self._streams[place].batch(self.steps + later) for place, later in ((0, 0), (0, 1), (1, 0))
-                )
+                forget, retain = (self.batch(name, self.steps) for name in SETS)
+                following = self.batch("forget", self.steps + 1)
                 relearned = self._relearn(following, retain)
                 hooks.reset()
-                with relearned, hooks.recording(), self.balance.forget():
+                seen = {name: hooks.recording if name in self._covariance_of else nullcontext for name in SETS}
+                with relearned, seen["forget"](), self.balance.forget():
                     log_probs, scored = answer_log_probs(self.model, forget)
                     log_probs[scored].exp().mean().backward()
-                mean_answer_nll(self.model, retain).backward()
+                with seen["retain"]():
+                    mean_answer_nll(self.model, retain).backward()
                 due = self.optimizer.hessian_due
                 if due:
                     self.optimizer.update_curvature(hooks)
@@ -136,9 +150,10 @@ class Loop:
         if self.adversary is None or self.known > self._from:
             return nullcontext()
         taught = [forget, retain] if self._retains else [forget]
-        self.adversary.relearn(
-            self.steps, lambda: torch.stack([mean_answer_nll(self.model, each) for each in taught]).sum()
-        )
+        if self.steps % self._every == 0:
+            self.adversary.relearn(
+                self.steps, lambda: torch.stack([mean_answer_nll(self.model, each) for each in taught]).sum()
+            )
         return self.adversary.in_place()
 
 
