@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
@@ -17,7 +18,7 @@ from torch_simu.unlearning.data.examples import Example, encode
 from torch_simu.unlearning.metrics.generation import generate_answers
 from torch_simu.unlearning.metrics.hiding import influence_change
 from torch_simu.unlearning.metrics.lume import lume_figures
-from torch_simu.unlearning.metrics.membership import membership_auc
+from torch_simu.unlearning.metrics.membership import membership_attacks, membership_auc
 from torch_simu.unlearning.metrics.scoring import score_answers
 from torch_simu.unlearning.metrics.tofu import wrong_answers
 from torch_simu.unlearning.metrics.truth_ratio import log_truth_ratio, truth_ratio_score
@@ -34,6 +35,7 @@ def measured(model: PreTrainedModel, case: Case) -> dict[str, Any]:
     found["influence"] = influence(model, case)
     if "unseen" in case.sets:
         found["membership"] = membership_auc(probabilities["forget"], probabilities["unseen"])
+        found["attacks_on_membership"] = told(model, case)
     if "options" in case.rows:
         found["truth"] = truth(model, case)
     if any("task" in row.extra for row in case.rows.get("forget", ())):
@@ -53,6 +55,7 @@ def known_of(model: PreTrainedModel, case: Case) -> tuple[dict[str, Any], dict[s
         found[name] = {key: mean(scores[key]) for key in SHOWN}
         found[name]["whole"] = mean(each == 1.0 for each in scores["em"])
         found[name]["kept"] = kept(scores["probability"], case.known[name])
+        found[name]["perplexity"] = math.exp(mean(scores["nll"]))
         probabilities[name] = scores["probability"]
     return found, probabilities
 
@@ -60,6 +63,12 @@ def known_of(model: PreTrainedModel, case: Case) -> tuple[dict[str, Any], dict[s
 def kept(after: Sequence[float], before: Sequence[float]) -> float:
     """The mean over rows of the probability beside what it was, of which more is no gain."""
     return mean(min(1.0, new / old) for new, old in zip(after, before, strict=True))
+
+
+def told(model: PreTrainedModel, case: Case) -> dict[str, float]:
+    """What each membership attack tells of forget rows beside rows that nobody taught, by the area under the ROC."""
+    rows = (case.sets["forget"], case.sets["unseen"])
+    return membership_attacks(model, case.tokenizer, *rows, reference=case.retrained, batch_size=BATCH)
 
 
 def moved(model: PreTrainedModel, start: PreTrainedModel) -> float:

@@ -91,6 +91,11 @@ def qualities(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     return quality
 
 
+def told_by(attack: str) -> Value:
+    """What a membership attack tells, by the area under the ROC."""
+    return lambda row: row["attacks_on_membership"].get(attack) if "attacks_on_membership" in row else None
+
+
 def frontiers(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     """The frontier of a row, from where the model of its seed was before."""
     start = {row["seed"]: row["forget"]["probability"] for row in rows if row["method"] == "before"}
@@ -108,7 +113,9 @@ def measures(result: Mapping[str, Any]) -> Iterator[str]:
         "forget ES": of_set("forget", "es"),
         "forget EM": of_set("forget", "em"),
         "in other words, prob.": of_set("otherwise", "probability"),
+        "text perplexity": of_set("text", "perplexity"),
         "membership AUC": lambda row: row.get("membership"),
+        **{f"by {name}": told_by(name) for name in ("zlib", "min_k", "min_k_plus_plus", "reference")},
         "forget quality": qualities(rows),
         "LUME": lambda row: row["lume"]["task_aggregate"] if "lume" in row else None,
     }

@@ -35,6 +35,8 @@ ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl
 # The same by the package's own writer, whose words are those of the rows.
 REHEARSAL: dict[str, Any] = {"rehearsal": 400, "retain_term": "kl", "retain_batch_size": 48}
 
+BOTH = ("forget", "retain")
+
 VARIANTS: Mapping[str, Variant] = {
     "simu": configured,
     "the same as a plain loop": looped,
@@ -47,7 +49,7 @@ VARIANTS: Mapping[str, Variant] = {
     "covariance of the outputs of rank 8": partial(looped, kind=OfRank, rank=8),
     "covariance of the outputs of rank 32": partial(looped, kind=OfRank, rank=32),
     "covariances of the retain set": partial(looped, covariance_of=("retain",)),
-    "covariances of both sets": partial(looped, covariance_of=("forget", "retain")),
+    "covariances of both sets": partial(looped, covariance_of=BOTH),
     "trust region alone": partial(configured, damping=1e6),
     "10 % of the neurons, contrast": partial(configured, fraction=0.1),
     "30 % of the neurons, contrast": partial(configured, fraction=0.3),
@@ -75,6 +77,10 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, all weights, 1e-4": partial(configured, **LESS),
     "adversary, all weights + half the step size": partial(configured, **ALL, lr=0.02),
     "adversary, all weights, every second step": partial(looped, adversary_lr=3e-4, adversary_every=2),
+    "adversary, all weights, 1e-4 + covariances of both sets": partial(looped, adversary_lr=1e-4, covariance_of=BOTH),
+    "adversary, all weights, 1e-4, every second step + covariances of both sets": partial(
+        looped, adversary_lr=1e-4, adversary_every=2, covariance_of=BOTH
+    ),
     "adversary, all weights, from 0.3 on": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
     "adversary, all weights, that retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
     "adversary, all weights + averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),

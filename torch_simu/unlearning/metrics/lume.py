@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from torch_simu._checks import problem
+from torch_simu._checks import check_number, problem
 from torch_simu.unlearning.data.error import DataError
 from torch_simu.unlearning.data.examples import encode
 from torch_simu.unlearning.data.fits import check_fits
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.evaluate import harmonic_mean, mean
 from torch_simu.unlearning.metrics.generation import check_rouge, generate_answers, rouge_l_recall
+from torch_simu.unlearning.metrics.membership import membership_score
 from torch_simu.unlearning.progress import Progress, part_of, renamed
 
 if TYPE_CHECKING:
@@ -67,6 +68,25 @@ def task_aggregate(forget: Mapping[str, float], retain: Mapping[str, float]) -> 
     """
     _check_same_terms(forget, retain)
     return harmonic_mean([*(1 - value for value in forget.values()), *retain.values()])
+
+
+def final_score(aggregate: float, membership: float, mmlu: float) -> float:
+    """Return LUME's final score: the mean of the task aggregate, what a membership attack does not tell, and MMLU.
+
+    Args:
+        aggregate: Of `lume_suite`.
+        membership: Area under the ROC of an attack, by `membership_auc`; 0.5 is guessing and counts as 1.
+        mmlu: Accuracy on MMLU in [0, 1], by a harness that has its questions.
+
+    Raises:
+        ValueError: If one of them is not in [0, 1].
+
+    Examples:
+        >>> final_score(0.6, membership=0.75, mmlu=0.4)
+        0.5
+    """
+    parts = [check_number("aggregate", aggregate, high=1.0), membership_score(membership)]
+    return mean([*parts, check_number("mmlu", mmlu, high=1.0)])
 
 
 def lume_suite(

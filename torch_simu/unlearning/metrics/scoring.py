@@ -40,11 +40,13 @@ class TokenScores:
         nll: Negative log-likelihood of the label in nats, fp32; 0 where not scored. Shape: `(batch, length - 1)`.
         right: Whether the label is the most probable token; False where not scored. Shape: as `nll`.
         scored: Whether there is a label. Shape: as `nll`.
+        logits: Those of the scored positions alone, row by row, fp32. Shape: `(num_scored, vocabulary)`.
     """
 
     nll: Tensor
     right: Tensor
     scored: Tensor
+    logits: Tensor
 
 
 def score_tokens(logits: Tensor, labels: Tensor) -> TokenScores:
@@ -82,7 +84,7 @@ def _scored(logits: Tensor, targets: Tensor) -> TokenScores:
     nll[scored] = cross_entropy(chosen, targets[scored], reduction="none")
     right = torch.zeros_like(scored)
     right[scored] = chosen.argmax(dim=-1) == targets[scored]
-    return TokenScores(nll, right, scored)
+    return TokenScores(nll, right, scored, chosen)
 
 
 def mean_nll(tokens: TokenScores) -> Tensor:
@@ -146,11 +148,26 @@ def min_k_log_probability(tokens: TokenScores, share: float = 0.4) -> Tensor:
         >>> min_k_log_probability(score_tokens(logits, torch.tensor([[-100, 0, 0]]))).exp()
         tensor([0.5000])
     """
+    return mean_of_least(-tokens.nll, tokens.scored, share)
+
+
+def mean_of_least(values: Tensor, scored: Tensor, share: float) -> Tensor:
+    """Return the mean of the least values of each row, of its scored positions. Shape: `(batch,)`.
+
+    Args:
+        values: Shape: `(batch, length)`.
+        scored: Which of them are there, some in each row. Shape: as `values`.
+        share: Of n values the least `share * n` count, rounded down, but at least one.
+
+    Examples:
+        >>> mean_of_least(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[True, False, True]]), 0.5)
+        tensor([2.])
+    """
     check_number("share", share, high=1.0, low_open=True)
-    counts = (share * tokens.scored.sum(dim=1)).long().clamp(min=1)
-    ordered = tokens.nll.masked_fill(~tokens.scored, -1.0).sort(dim=1, descending=True).values
+    counts = (share * scored.sum(dim=1)).long().clamp(min=1)
+    ordered = values.masked_fill(~scored, torch.inf).sort(dim=1).values
     chosen = torch.arange(ordered.shape[1], device=ordered.device) < counts[:, None]
-    return -(ordered * chosen).sum(dim=1) / counts
+    return ordered.masked_fill(~chosen, 0.0).sum(dim=1) / counts
 
 
 MEASURES: Mapping[str, Callable[[TokenScores], Tensor]] = MappingProxyType(
