@@ -121,7 +121,8 @@ class UnlearnConfig:
         rho: Curvature scale.
         weight_decay: Decoupled decay of the trained weights.
         clip: Bound of the ratio of momentum and curvature.
-        hessian_interval: Steps between two refreshes of the curvature, on retain batches.
+        hessian_interval: Steps between two refreshes of the curvature: a diagonal on retain batches, covariances on
+            forget batches.
         forget_batch_size: Forget rows per step.
         retain_batch_size: Retain rows per step.
         hessian_batch_size: Retain rows per refresh.

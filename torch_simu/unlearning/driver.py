@@ -81,7 +81,8 @@ def unlearn(
 ) -> Unlearned:
     """Make `model` forget one set and keep another, in place: attribute, select, then step until the target.
 
-    The curvature is refreshed on retain batches, so that the step is short where the retain set bends. Dropout is off.
+    A diagonal curvature is refreshed on retain batches, so that the step is short where the retain set bends;
+    covariances are those of the forget batches, so that the step stays out of what these share. Dropout is off.
     Batch `i` and the labels sampled at step `i` depend on the seed and `i` alone: a run that is killed and called again
     with the same `checkpoint` ends with the same bits as one that was not.
 
