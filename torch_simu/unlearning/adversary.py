@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from torch_simu._checks import check_count, check_number
+from torch_simu._checks import check_count, check_number, problem
+from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 
 _LARGEST_NORM = 1.0
@@ -31,7 +32,7 @@ class Adversary:
         model: Whose floating-point parameters are copied instead.
 
     Raises:
-        ValueError: If `lr` or `interval` is not positive.
+        ValueError: If `lr` or `interval` is not positive, or a weight that relearns is spread over processes.
     """
 
     def __init__(self, optimizer: Optimizer, *, lr: float, interval: int = 20, model: nn.Module | None = None) -> None:
@@ -40,6 +41,10 @@ class Adversary:
         if model is not None:
             groups = [{"params": [param for param in model.parameters() if param.is_floating_point()]}]
         self._groups = [{"neurons": [None] * len(group["params"]), "neuron_dim": -1, **group} for group in groups]
+        if any(is_dtensor(param) for group in self._groups for param in group["params"]):
+            # Its steps are clipped by the norm of all gradients, which no process has.
+            wrong = "A weight that an adversary relearns is spread over processes"
+            raise ValueError(problem(wrong, "whole ones", "Leave the adversary out under FSDP2, or use DDP."))
         self._everywhere = model is not None
         self._selected = Selected()
         self._values: dict[Tensor, nn.Parameter] = {}

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class Loop:
         lr: Step size, as a share of the norm of a layer.
         probability: The forget probability to come down to.
         max_steps: Steps at most.
-        adversary_lr: As in an `UnlearnConfig`, of an adversary of all weights.
+        adversary_lr: As in an `UnlearnConfig`.
+        adversary_scope: As in an `UnlearnConfig`.
         adversary_from: The adversary is there from a forget probability of at most this on.
         adversary_retains: Whether the adversary learns the retain batch beside the forget batch.
         adversary_every: Steps between two of the adversary's; between them it stays where it is.
@@ -53,6 +54,7 @@ class Loop:
         probability: float = TARGET.probability,
         max_steps: int = 300,
         adversary_lr: float | None = None,
+        adversary_scope: Literal["trained", "all"] = "all",
         adversary_from: float = 1.0,
         adversary_retains: bool = False,
         adversary_every: int = 1,
@@ -74,7 +76,8 @@ class Loop:
         self.adversary, self._from, self._retains = None, adversary_from, adversary_retains
         self._every, self._covariance_of = adversary_every, covariance_of
         if adversary_lr is not None:
-            self.adversary = Adversary(self.optimizer, lr=adversary_lr, model=self.model)
+            everywhere = self.model if adversary_scope == "all" else None
+            self.adversary = Adversary(self.optimizer, lr=adversary_lr, model=everywhere)
         rows = (self.forget_rows(), case.sets["retain"])
         self._streams = {
             name: Batches(each, case.batch_size, 3 * seed + place)

@@ -81,6 +81,13 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, all weights, 1e-4, every second step + covariances of both sets": partial(
         looped, adversary_lr=1e-4, adversary_every=2, covariance_of=BOTH
     ),
+    "adversary, all weights + covariances of both sets": partial(looped, adversary_lr=3e-4, covariance_of=BOTH),
+    "adversary, trained weights + covariances of both sets": partial(
+        looped, adversary_lr=3e-4, adversary_scope="trained", covariance_of=BOTH
+    ),
+    "adversary, all weights, 1e-4 + covariances of the retain set": partial(
+        looped, adversary_lr=1e-4, covariance_of=("retain",)
+    ),
     "adversary, all weights, from 0.3 on": partial(looped, adversary_lr=3e-4, adversary_from=0.3),
     "adversary, all weights, that retains": partial(looped, adversary_lr=3e-4, adversary_retains=True),
     "adversary, all weights + averaged over steps": partial(looped, kind=Averaged, decay=0.95, adversary_lr=3e-4),

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from hypothesis import given
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.strategies import float_dtypes, layers, normal, seeds
 from tests.unlearning.test_driver import FAST, _memorized, run
@@ -125,3 +127,14 @@ def test_every_objective_forgets_and_is_resumed_to_the_same_bits(name, retain_te
     run(killed, examples, config.updated(max_steps=5), checkpoint=tmp_path / "run", selection=selection)
     run(resumed, examples, config, checkpoint=tmp_path / "run", selection=selection)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_weights_that_are_spread_over_processes_are_refused() -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        spread = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="spread over processes, expected whole ones"):
+            Adversary(torch.optim.SGD([spread], lr=1.0), lr=0.1)
+    finally:
+        distributed.destroy_process_group()
