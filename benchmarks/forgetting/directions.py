@@ -72,8 +72,8 @@ def rows_of(case: Case, seed: int) -> Iterator[dict[str, object]]:
     forget = case.sets["forget"]
     found = directions(case.model, forget)
     for name, choices in METHODS.items():
-        config = configured(case, tuned(TARGETS["demo"]), seed, choices)
-        model, _ = forgotten(case, Contender(choices=choices, unit="weights"), config, traced=False)
+        contender = Contender(choices=choices, unit="weights")
+        model, _ = forgotten(case, contender, configured(case, tuned(TARGETS["demo"]), seed, contender), traced=False)
         copied = ModelCopy(model)
         taught, scored = forget[::3], [row for place, row in enumerate(forget) if place % 3]
         teach(copied, taught, scored, config=LESSON)

@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,14 @@ def worst_of(result: AttackResult) -> dict[str, float]:
     return {key: result.worst[key] for key in ("probability", "es")}
 
 
-def configured(
-    case: Case, target: Target, seed: int, choices: Mapping[str, object], *, retain_batches: int = 1
-) -> UnlearnConfig:
+def configured(case: Case, target: Target, seed: int, contender: Contender, **choices: object) -> UnlearnConfig:
     """Every choice of a run."""
-    sizes = dict.fromkeys(("forget_batch_size", "hessian_batch_size"), case.batch_size)
-    sizes["retain_batch_size"] = retain_batches * case.batch_size
-    return UnlearnConfig(seed=seed, forget_target=target.probability, **{**target.shared, **sizes, **choices})
+    sizes: dict[str, object] = dict.fromkeys(("forget_batch_size", "hessian_batch_size"), case.batch_size)
+    sizes["retain_batch_size"] = contender.retain_batches * case.batch_size
+    if contender.relearns:
+        sizes["adversary_lr"] = contender.relearns * target.relearning
+    every: dict[str, Any] = {**target.shared, **sizes, **contender.choices, **choices}
+    return UnlearnConfig(seed=seed, forget_target=target.probability, **every)
 
 
 def best_rate(case: Case, target: Target, contender: Contender) -> tuple[float, list[Row]]:
@@ -82,8 +83,7 @@ def best_rate(case: Case, target: Target, contender: Contender) -> tuple[float, 
     if len(rates) == 1:
         return rates[0], tries
     for lr in rates:
-        choices = {**contender.choices, "lr": lr}
-        config = configured(case, target, TUNING_SEED, choices, retain_batches=contender.retain_batches)
+        config = configured(case, target, TUNING_SEED, contender, lr=lr)
         model, row = forgotten(case, contender, config, traced=False)
         found = score_answers(model, case.sets["retain"], batch_size=BATCH)["probability"]
         tries.append({"lr": lr, **row, "retain_kept": kept(found, case.known["retain"])})
@@ -137,8 +137,7 @@ class Cell:
         model = case.model if name == "before" else case.retrained
         if name not in UNCHANGED:
             contender = CONTENDERS[name]
-            choices = {**contender.choices, "lr": self._result["lr"][name]}
-            config = configured(case, self._target, seed, choices, retain_batches=contender.retain_batches)
+            config = configured(case, self._target, seed, contender, lr=self._result["lr"][name])
             model, found = forgotten(case, contender, config)
             row |= found
         row |= measured(model, case) | {"back": attacked(model, case, self._target.attack)}

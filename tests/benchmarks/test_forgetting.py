@@ -142,7 +142,7 @@ def test_the_divergence_of_a_trace_is_that_of_its_rows_one_by_one(case: Case) ->
 def test_a_loop_leaves_a_plain_model_that_is_what_was_measured_last(case: Case, name: str) -> None:
     before = copy.deepcopy(case.model.state_dict())
     contender = CONTENDERS[name]
-    config = configured(case, TARGETS["quick"], 0, {**contender.choices, "lr": 1e-3, "max_steps": 6})
+    config = configured(case, TARGETS["quick"], 0, contender, lr=1e-3, max_steps=6)
     model, row = forgotten(case, contender, config)
     assert [type(module) for module in model.modules()] == [type(module) for module in case.model.modules()]
     found = score_answers(model, case.sets["forget"])["probability"]
@@ -159,7 +159,7 @@ def test_a_paced_loop_begins_with_a_hundredth_of_its_step_size(case: Case, name:
     for paced, lr in ((True, 1e-2), (False, 1e-4)):
         # Measured once, at its end, so that no step size changed yet.
         choices = {**contender.choices, "lr": lr, "paced": paced, "max_steps": 3, "eval_interval": 3}
-        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, choices), traced=False)
+        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, contender, **choices), traced=False)
         distances.append(moved(model, case.model))
     assert distances[0] == pytest.approx(distances[1]) and distances[0] > 0
 
@@ -169,7 +169,7 @@ def test_a_paced_loop_takes_longer_steps_where_little_is_forgotten(case: Case) -
     distances = []
     for paced, lr in ((True, 1e-6), (False, 1e-8)):
         choices = {**contender.choices, "lr": lr, "paced": paced, "max_steps": 6, "eval_interval": 1}
-        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, choices), traced=False)
+        model, _ = forgotten(case, contender, configured(case, TARGETS["quick"], 0, contender, **choices), traced=False)
         distances.append(moved(model, case.model))
     # Of six steps the last four are longer by half each time: 1 1 1.5 2.25 3.38 5.06.
     assert distances[0] > 1.5 * distances[1]
@@ -191,8 +191,16 @@ def test_a_tuned_cell_has_tries_and_no_pace_and_a_file_of_its_own(name: str) -> 
 
 def test_what_is_rehearsed_beside_retain_rows_has_a_batch_for_each(case: Case) -> None:
     contender = CONTENDERS["simu, rehearsed"]
-    config = configured(case, TARGETS["quick"], 0, contender.choices, retain_batches=contender.retain_batches)
+    config = configured(case, TARGETS["quick"], 0, contender)
     assert (config.forget_batch_size, config.retain_batch_size) == (case.batch_size, 2 * case.batch_size)
+
+
+def test_an_adversary_relearns_at_the_rate_of_its_target(case: Case) -> None:
+    for name, share in (("simu with an adversary", 1.0), ("simu, rehearsed, with an adversary", 1 / 3)):
+        for target in (TARGETS["demo"], TARGETS["pretrained"]):
+            assert configured(case, target, 0, CONTENDERS[name]).adversary_lr == share * target.relearning
+    assert TARGETS["demo"].relearning > TARGETS["pretrained"].relearning
+    assert configured(case, TARGETS["demo"], 0, CONTENDERS["simu"]).adversary_lr is None
 
 
 def test_what_near_rows_lift_is_what_teaching_forgotten_ones_lifts_where_they_are_the_same(case: Case) -> None:

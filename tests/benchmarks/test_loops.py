@@ -70,7 +70,7 @@ def test_what_is_collapsed_is_as_large_as_the_smallest_of_it() -> None:
 def test_repselect_steps_along_one_gradient_of_the_mlps_and_ends_at_the_target(case: Case) -> None:
     target, contender = TARGETS["demo"], CONTENDERS["RepSelect"]
     target = target._replace(probability=0.5)
-    config = configured(case, target, 0, {**contender.choices, "lr": target.rates[contender.unit][0]})
+    config = configured(case, target, 0, contender, lr=target.rates[contender.unit][0])
     model, row = forgotten(case, contender, config, traced=False)
     assert row["reached"]
     named = dict(case.model.named_parameters())

@@ -23,6 +23,9 @@ MethodName = Literal[
 Curvature = Literal["gnb", "neurons", "both"]
 """Where the curvature of a second-order method comes from; see `SIMUOptimizer`."""
 
+CovarianceSets = Literal["forget", "both"]
+"""Which rows of a step covariances are of: those to forget, or those and the ones to keep."""
+
 Rule = Literal["contrast", "top", "threshold"]
 """How critical neurons are chosen; `choose_neurons` says what each does."""
 
@@ -113,6 +116,7 @@ class UnlearnConfig:
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
         curvature: "gnb" (Sophia's diagonal on retain batches), or covariances on the forget batches: "neurons", "both".
         damping: As in `SIMUOptimizer`, for the covariances.
+        covariance_of: Which batches they are of: "forget", or "both", with the retain batches, too.
         lr: Step size: the largest change of one weight per step (Sophia), of a layer as a share of its norm (with a
             curvature from covariances), or AdamW's learning rate.
         paced: Whether `lr` is the largest step size only, and the run begins with a hundredth of it and lengthens or
@@ -168,6 +172,7 @@ class UnlearnConfig:
     attribution_rows: int = 400
     curvature: Curvature = None  # type: ignore[assignment]
     damping: float = 0.1
+    covariance_of: CovarianceSets = "forget"
     lr: float = None  # type: ignore[assignment]
     paced: bool = None  # type: ignore[assignment]
     betas: tuple[float, float] = None  # type: ignore[assignment]
@@ -195,6 +200,7 @@ class UnlearnConfig:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("retain_term", self.retain_term, RETAIN_TERMS)
         check_choice("curvature", self.curvature, get_args(Curvature))
+        check_choice("covariance_of", self.covariance_of, get_args(CovarianceSets))
         check_choice("rule", self.rule, RULES)
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("attention", self.attention, ("frozen", "full"))

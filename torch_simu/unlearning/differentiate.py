@@ -18,6 +18,7 @@ def differentiate(
     *,
     balance: GradientBalance | None = None,
     at: Callable[[], AbstractContextManager[None]] = _NOWHERE,
+    beside: Callable[[], AbstractContextManager[None]] = _NOWHERE,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> dict[str, tuple[float, Tensor]]:
     """Leave the gradient of an objective in `.grad`.
@@ -30,6 +31,7 @@ def differentiate(
         terms: Of an `Objective`; each is made when the one before was differentiated.
         balance: Brings the forget gradient to the norm of the others.
         at: Makes a context in which the forget term is made and differentiated, as `Adversary.in_place`.
+        beside: The same for each of the others.
         backward: Differentiates a loss; accelerate's, say.
 
     Returns:
@@ -45,11 +47,14 @@ def differentiate(
         with balance.forget() if balance is not None else nullcontext():
             backward(first.weight * first.loss)
     unit = None
-    for term in remaining:
-        unit = term.weight if unit is None else unit
-        found[term.name] = (term.weight, term.loss.detach())
-        backward((term.weight if balance is None else _share(term.weight, unit)) * term.loss)
-    return found
+    while True:
+        with beside():
+            term = next(remaining, None)
+            if term is None:
+                return found
+            unit = term.weight if unit is None else unit
+            found[term.name] = (term.weight, term.loss.detach())
+            backward((term.weight if balance is None else _share(term.weight, unit)) * term.loss)
 
 
 def retain_weight(found: dict[str, tuple[float, Tensor]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -126,7 +126,7 @@ class Stepper:
         objective: What is descended.
         stream: The batches.
         refresh: Refreshes a diagonal curvature on retain rows.
-        hooks: See the forget batches where the curvature is a covariance.
+        hooks: See the batches where the curvature is a covariance.
         balance: Brings the forget gradient to the norm of the retain gradient.
         adversary: Where the forget gradient is taken.
     """
@@ -161,7 +161,15 @@ class Stepper:
                 _check_loss(loss.item(), number, lr)
             loss.backward()
 
-        found = differentiate(terms, balance=self.balance, at=partial(self._forgetting, due), backward=backward)
+        found = differentiate(
+            terms,
+            balance=self.balance,
+            at=partial(self._forgetting, due),
+            beside=partial(self._recorded, due and self._sees_both),
+            backward=backward,
+        )
+        if due and self._sees_both:
+            self._update()
         losses = {name: (weight, loss.item()) for name, (weight, loss) in found.items()}
         record: Record = {"step": number + 1, "loss": sum(weight * value for weight, value in losses.values())}
         record |= {f"{name}_loss": value for name, (_, value) in losses.items()}
@@ -184,22 +192,27 @@ class Stepper:
     def _forgetting(self, due: bool) -> Iterator[None]:
         """Make and differentiate the forget term in here: at the adversary, and seen by the hooks.
 
-        Behind it the curvature is refreshed where that is due: what hooks summed up is gone before the retain term.
+        Behind it the curvature is refreshed where that is due, unless it is of the retain rows, too: what hooks summed
+        up is gone before the retain term.
         """
         # With an adversary the covariance is that of the model which was taught again, where its gradients lie.
+        if due and self.hooks is not None:
+            self.hooks.reset()
         with self.adversary.in_place() if self.adversary is not None else nullcontext(), self._recorded(due):
             yield
-        if due and self.hooks is not None and isinstance(self.optimizer, SIMUOptimizer):
-            self.optimizer.update_curvature(self.hooks, reset=True)
+        if due and not self._sees_both:
+            self._update()
 
-    @contextmanager
-    def _recorded(self, due: bool) -> Iterator[None]:
-        if self.hooks is None or not due:
-            yield
-            return
-        self.hooks.reset()
-        with self.hooks.recording():
-            yield
+    @property
+    def _sees_both(self) -> bool:
+        return self.stream.config.covariance_of == "both"
+
+    def _recorded(self, due: bool) -> AbstractContextManager[None]:
+        return self.hooks.recording() if self.hooks is not None and due else nullcontext()
+
+    def _update(self) -> None:
+        if self.hooks is not None and isinstance(self.optimizer, SIMUOptimizer):
+            self.optimizer.update_curvature(self.hooks, reset=True)
 
 
 def _check_loss(loss: float, number: int, lr: float) -> None:

@@ -34,6 +34,7 @@ class Contender:
         steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer, with LoRA matrices, or RepSelect's.
         mask: The neurons that train, of a case and a seed; None: those of the configuration.
         retain_batches: Batches of retain rows beside one of forget rows in a step.
+        relearns: The rate of an adversary as a share of the target's; zero: there is none.
         within: What a run of it is made in.
     """
 
@@ -42,6 +43,7 @@ class Contender:
     steps: Literal["unlearn", "soul", "low rank", "collapse"] = "unlearn"
     mask: Callable[[Case, int], NeuronSelection] | None = None
     retain_batches: int = 1
+    relearns: float = 0.0
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -109,6 +111,9 @@ STEP = {"method": "simu"}
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}
+ALL = {"adversary_scope": "all"}
+# Covariances of the forget and the retain rows of a step.
+BOTH = {"covariance_of": "both"}
 # Twice the retain rows, so that as many of those that were there are in a step as without.
 REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
@@ -124,12 +129,15 @@ CONTROLS = ("random columns of all layers", "attention only")
 
 CONTENDERS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),
-    "simu with an adversary": Contender(choices={**STEP, "adversary_lr": 3e-4}, unit="shares"),
-    "simu with an adversary of all weights": Contender(
-        choices={**STEP, "adversary_lr": 3e-4, "adversary_scope": "all"}, unit="shares"
+    "simu with an adversary": Contender(choices=STEP, unit="shares", relearns=1.0),
+    "simu with an adversary of all weights": Contender(choices={**STEP, **ALL}, unit="shares", relearns=1.0),
+    "simu of both sets": Contender(choices={**STEP, **BOTH}, unit="shares"),
+    "simu of both sets with an adversary": Contender(choices={**STEP, **BOTH}, unit="shares", relearns=1.0),
+    "simu of both sets with an adversary of all weights": Contender(
+        choices={**STEP, **BOTH, **ALL}, unit="shares", relearns=1.0
     ),
     "simu, rehearsed, with an adversary": Contender(
-        choices={**STEP, **REHEARSED, "adversary_lr": 1e-4, "adversary_scope": "all"}, unit="shares", retain_batches=2
+        choices={**STEP, **REHEARSED, **ALL}, unit="shares", retain_batches=2, relearns=1 / 3
     ),
     "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", retain_batches=2),
     **{

@@ -19,4 +19,4 @@ def configured(case: Case, seed: int, **choices: object) -> tuple[PreTrainedMode
     """The driver's run."""
     choices = {"method": "simu", "paced": False, "lr": LR, **choices}
     contender = Contender(choices=choices, unit="shares")
-    return forgotten(case, contender, config_of(case, TARGET, seed, choices), traced=False)
+    return forgotten(case, contender, config_of(case, TARGET, seed, contender), traced=False)

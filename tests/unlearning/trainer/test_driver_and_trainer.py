@@ -55,17 +55,28 @@ SIMU = CONFIG.updated(
 
 @pytest.mark.parametrize(("attention", "micro_batch"), [("frozen", 2), ("frozen", 4), ("full", 4)])
 @pytest.mark.parametrize("curvature", ["neurons", "both"])
-def test_the_driver_and_the_trainer_make_the_same_whitened_steps(tmp_path, curvature, attention, micro_batch):
+@pytest.mark.parametrize("rows", ["forget", "both"])
+def test_the_driver_and_the_trainer_make_the_same_whitened_steps(tmp_path, curvature, attention, micro_batch, rows):
     driven, trained, before = make_model(), make_model(), make_model()
-    config = SIMU.updated(curvature=curvature, attention=attention)
+    config = SIMU.updated(curvature=curvature, attention=attention, covariance_of=rows)
     assert config.balance and config.objective == "probability"
     log = unlearn(driven, FORGET, RETAIN, config=config, selection=make_selection(driven)).log
     options = {"state_dtype": torch.float32}
     arguments = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
-    arguments["attention"] = attention
+    arguments |= {"attention": attention, "covariance_of": rows}
     make_whitened_trainer(trained, tmp_path, curvature, options=options, **arguments).train()
     assert [record.get("refreshed", False) for record in log] == [True, False, True, False, True]
     assert largest_difference(driven, trained) < TOLERANCE < 1e-4 * largest_difference(driven, before)
+
+
+@pytest.mark.parametrize("retain_term", ["nll", "kl"])
+def test_a_driver_whose_covariances_are_of_both_sets_makes_other_steps(retain_term):
+    """Also where the start model runs on the retain rows, which is no pass of the model that trains."""
+    both, alone = make_model(), make_model()
+    for model, rows in ((both, "both"), (alone, "forget")):
+        config = SIMU.updated(covariance_of=rows, retain_term=retain_term)
+        unlearn(model, FORGET, RETAIN, config=config, selection=make_selection(model))
+    assert largest_difference(both, alone) > 100 * TOLERANCE
 
 
 def test_a_trainer_without_balance_makes_other_steps_than_the_driver(tmp_path):

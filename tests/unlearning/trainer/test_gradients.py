@@ -25,17 +25,18 @@ from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
 from torch_simu.unlearning.trainer.gradients import StepGradients
 
 
+@pytest.mark.parametrize("rows", ["forget", "both"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("curvature", ["neurons", "both"])
-def test_an_accelerate_loop_makes_the_steps_of_the_naive_loop(accumulation, curvature):
+def test_an_accelerate_loop_makes_the_steps_of_the_naive_loop(accumulation, curvature, rows):
     model, expected = make_model(), make_model()
-    whitened_loop(expected, curvature)
+    whitened_loop(expected, curvature, rows=rows)
     groups = make_selection(model).param_groups(model, "frozen")
     options = {**OPTIONS, "weight_decay": 0.1, "state_dtype": torch.float64}
     optimizer = SIMUOptimizer(groups, curvature=curvature, **options)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model, optimizer = accelerator.prepare(model, optimizer)
-    with StepGradients(model, optimizer, balance=True) as gradients:
+    with StepGradients(model, optimizer, balance=True, covariance_of=rows) as gradients:
         for step in range(STEPS):
             for _ in range(accumulation):
                 with accelerator.accumulate(model):

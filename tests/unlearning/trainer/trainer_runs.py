@@ -60,6 +60,7 @@ def make_trainer(
     options=None,
     refresh_seed=SEED,
     balance=False,
+    covariance_of="forget",
     **arguments,
 ):
     defaults = {
@@ -86,6 +87,7 @@ def make_trainer(
         optimizer_cls_and_kwargs=(SIMUOptimizerFactory, options),
         callbacks=[*refreshes, *callbacks],
         balance=balance,
+        covariance_of=covariance_of,
     )
 
 

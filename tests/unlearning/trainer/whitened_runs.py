@@ -36,7 +36,7 @@ def make_whitened_trainer(model, folder, curvature, callbacks=(), options=None, 
     )
 
 
-def whitened_loop(model, curvature, steps=STEPS):
+def whitened_loop(model, curvature, steps=STEPS, rows="forget"):
     """One row at a time, unpadded; inverses of dense covariances, and gradients balanced behind them."""
     selection = make_selection(model)
     layers = {name: model.get_submodule(name) for name in selection}
@@ -48,7 +48,9 @@ def whitened_loop(model, curvature, steps=STEPS):
     }
     for step in range(steps):
         forget, seen = summed_gradients(model, layers, FORGET, step, 3 * SEED, token_probability)
-        retain, _ = summed_gradients(model, layers, RETAIN, step, 3 * SEED + 1, token_nll)
+        retain, beside = summed_gradients(model, layers, RETAIN, step, 3 * SEED + 1, token_nll)
+        if rows == "both":
+            seen = {name: [torch.cat(pair) for pair in zip(seen[name], beside[name], strict=True)] for name in seen}
         # How far the floor lifts a forget gradient beside a retain gradient that has faded.
         lift = max(1.0, 0.1 / torch.cat([retain[name][:, columns[name]].flatten() for name in layers]).norm().item())
         for name, oracle in oracles.items():

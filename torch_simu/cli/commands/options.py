@@ -80,6 +80,7 @@ Curvature = Annotated[
     ),
 ]
 Damping = Annotated[float, typer.Option(help="Share of its mean that is added to the diagonal of a covariance.")]
+CovarianceSets = Annotated[str, typer.Option(help="What covariances are of: forget rows, or both sets.")]
 Rehearsal = Annotated[
     int, typer.Option(help="So many rows that the model writes itself, about random words, are kept like retain rows.")
 ]

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
+from typing import get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
+from torch_simu._checks import check_choice
 from torch_simu.optimizer import covariance_hooks
+from torch_simu.unlearning.config import CovarianceSets
 from torch_simu.unlearning.refresh import find_simu_optimizer
 
 
 class CovarianceRefresh:
     """Refreshes the covariances of a `SIMUOptimizer` with `curvature="neurons"` or `"both"` whenever they are due.
 
-    Differentiate the forget term inside `forget`, and call `before_step` in front of each step. `UnlearningTrainer`
-    does both by itself. Several micro-batches before a step add up, also over processes, so the covariances are the
-    same however a batch is split.
+    Differentiate the forget term inside `forget` and the others inside `retain`, and call `before_step` before each
+    step. `UnlearningTrainer` does that by itself. Several micro-batches before a step add up, also over processes, so
+    the covariances are the same however a batch is split.
 
     What trains is seen by hooks from now on; the end of the `with` block takes them off.
 
     Args:
         model: The trained model, as it is or wrapped for data parallelism.
         optimizer: A `SIMUOptimizer`, as it is or wrapped by accelerate.
+        sets: Which rows the covariances are of: "forget", or "both", with the retain rows.
 
     Raises:
         TypeError: If there is no `SIMUOptimizer` in `optimizer`.
-        ValueError: If its curvature is no covariance, or a weight that it trains is not in the model.
+        ValueError: If its curvature is no covariance, a weight that it trains is not in the model, or `sets` is
+            neither.
 
     Examples:
         >>> import torch
@@ -44,17 +49,21 @@ class CovarianceRefresh:
         torch.Size([2, 2])
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, sets: CovarianceSets = "forget") -> None:
+        self._retains = check_choice("sets", sets, get_args(CovarianceSets)) == "both"
         self._optimizer = find_simu_optimizer(optimizer)
         self._hooks = covariance_hooks(model, self._optimizer, recording=False)
 
     @contextmanager
     def forget(self) -> Iterator[None]:
         """Make and differentiate the forget term in here; it is recorded in steps where a refresh is due."""
-        if not self._optimizer.hessian_due:
+        with self._hooks.recording() if self._optimizer.hessian_due else nullcontext():
             yield
-            return
-        with self._hooks.recording():
+
+    @contextmanager
+    def retain(self) -> Iterator[None]:
+        """Make and differentiate a term of the retain rows in here; it is recorded where it counts, too."""
+        with self._hooks.recording() if self._retains and self._optimizer.hessian_due else nullcontext():
             yield
 
     def before_step(self) -> bool:

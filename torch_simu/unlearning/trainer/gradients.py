@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torch_simu.optimizer import GradientBalance
 from torch_simu.optimizer.curvature.hooking import whitened_groups
+from torch_simu.unlearning.config import CovarianceSets
 from torch_simu.unlearning.differentiate import differentiate, retain_weight
 from torch_simu.unlearning.objectives import Term
 from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
@@ -30,6 +31,7 @@ class StepGradients:
         optimizer: Any optimizer, as it is or wrapped by accelerate.
         balance: Whether the forget gradient is brought to the norm of the retain gradient, see `GradientBalance`. Under
             FSDP2 each micro-batch must reduce its gradients then.
+        covariance_of: Which rows covariances are of: "forget", or "both", with the retain rows.
 
     Raises:
         ValueError: As `CovarianceRefresh`.
@@ -45,10 +47,19 @@ class StepGradients:
         tensor([-0.5000,  1.0000])
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, balance: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        balance: bool = False,
+        covariance_of: CovarianceSets = "forget",
+    ) -> None:
         self._optimizer = optimizer
         self._balance = GradientBalance(optimizer) if balance else None
-        self._covariances = CovarianceRefresh(model, optimizer) if whitened_groups(optimizer) else None
+        self._covariances = None
+        if whitened_groups(optimizer):
+            self._covariances = CovarianceRefresh(model, optimizer, sets=covariance_of)
 
     def add(
         self, terms: Iterable[Term], *, backward: Callable[[Tensor], None] = Tensor.backward, last: bool = True
@@ -64,9 +75,10 @@ class StepGradients:
             Name -> (weight, loss without a graph) of each term.
         """
         at: Callable[[], AbstractContextManager[None]] = nullcontext
+        beside = at
         if self._covariances is not None:
-            at = self._covariances.forget
-        found = differentiate(terms, balance=self._balance, at=at, backward=backward)
+            at, beside = self._covariances.forget, self._covariances.retain
+        found = differentiate(terms, balance=self._balance, at=at, beside=beside, backward=backward)
         if not last:
             return found
         if self._covariances is not None:

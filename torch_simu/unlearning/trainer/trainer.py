@@ -23,6 +23,7 @@ from torch_simu.curvature import IGNORED
 from torch_simu.deltas import attached_layers, trained_groups
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import SIMUOptimizer
+from torch_simu.unlearning.config import CovarianceSets
 from torch_simu.unlearning.data.pairs import PairCollator
 from torch_simu.unlearning.objectives import Objective, Term
 from torch_simu.unlearning.trainer.gradients import StepGradients
@@ -99,8 +100,8 @@ class UnlearningTrainer(Trainer):
     the retain term is made, so one graph is held at a time.
 
     Where the optimizer's curvature is a covariance ("neurons" or "both"), the trainer hooks what trains for as long as
-    `train` runs, and refreshes it from the forget rows before a step where it is due. A `CurvatureRefresh` is for
-    "gnb", on retain rows.
+    `train` runs, and refreshes it from the rows of a step before it is made, where it is due. A `CurvatureRefresh` is
+    for "gnb", on retain rows.
 
     The model is in train mode, as the Trainer sets it: switch dropout off in its configuration. The Trainer clips the
     norm of the gradient, unselected entries included and balanced already, unless `max_grad_norm=0`; a step of
@@ -112,6 +113,7 @@ class UnlearningTrainer(Trainer):
         objective: What is descended.
         balance: Whether the forget gradient is brought to the norm of the retain gradient before each step; see
             `torch_simu.optimizer.GradientBalance`.
+        covariance_of: Which rows covariances are of: "forget", or "both", with the retain rows.
         options: Those of `Trainer`: `train_dataset` (a `ForgetRetainPairs`), `optimizer_cls_and_kwargs` (see
             `SIMUOptimizerFactory`), `callbacks` (a `CurvatureRefresh`) and others. `data_collator` is a `PairCollator`
             unless given. An `eval_dataset` is a list of `Example`; its loss is the mean over scored tokens.
@@ -131,6 +133,7 @@ class UnlearningTrainer(Trainer):
         *,
         objective: Objective,
         balance: bool = False,
+        covariance_of: CovarianceSets = "forget",
         **options: Any,
     ) -> None:
         options.setdefault("data_collator", PairCollator())
@@ -140,6 +143,7 @@ class UnlearningTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.objective: Objective = objective
         self.balance = balance
+        self.covariance_of: CovarianceSets = covariance_of
         self._gradients: StepGradients | None = None
         # Weakly: a cycle would keep the model, and accelerate's hold of the loader, until garbage is collected.
         self.add_callback(_Afresh(WeakMethod(self._drop_gradients)))
@@ -240,7 +244,12 @@ class UnlearningTrainer(Trainer):
             wrong = f"balance is True with gradient_accumulation_steps={steps} under FSDP2"
             advice = 'Pass accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}.'
             raise ValueError(problem(wrong, "gradients that are reduced in each micro-batch", advice))
-        return StepGradients(cast("nn.Module", self.model), cast("Optimizer", self.optimizer), balance=self.balance)
+        return StepGradients(
+            cast("nn.Module", self.model),
+            cast("Optimizer", self.optimizer),
+            balance=self.balance,
+            covariance_of=self.covariance_of,
+        )
 
     def _drop_gradients(self) -> None:
         if self._gradients is not None:
