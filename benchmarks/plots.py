@@ -11,7 +11,9 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
+from benchmarks.forgetting.harness.picture import draw_cells
 from benchmarks.job.pages import draw_jobs
+from benchmarks.results import RESULTS
 from benchmarks.tables import loaded
 from torch_simu.unlearning.report.style import COLORS, INK, label_ends, looks, new_figure, save_figure, styled
 
@@ -161,6 +163,7 @@ def main() -> None:
     draw("attribution_budgets", budgets, 6.8, 4.2)
     draw("directions", directions, 6.8, 4.2)
     draw("relearning", relearning, 6.8, 4.4)
+    draw_cells(sorted(RESULTS.glob("lasting_*.json")), IMAGES / "cells.png")
     draw("job", lambda axes: draw_jobs(axes, loaded("job")["rows"]), 8, 4.4)
 
 

@@ -85,7 +85,7 @@ def lasting(rows: Sequence[Row]) -> Iterator[Part]:
 def kept_by(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     """The sets that tell what is kept and their measure: a pretrained model answers few questions as a whole."""
     if _pretrained(rows):
-        return tuple((name, "kept") for name in ("near", "world", "text"))
+        return tuple((name, "kept") for name in ("retain", "near", "world", "text"))
     return tuple((name, "whole") for name in ("retain", "near", "world") if any(name in row for row in rows))
 
 
