@@ -5,16 +5,21 @@ Usage: python -m benchmarks.plots
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from benchmarks.forgetting.harness.picture import draw_cells
 from benchmarks.job.pages import draw_jobs
+from benchmarks.planted.plot import plot_planted
 from benchmarks.results import RESULTS
 from benchmarks.tables import loaded
+from torch_simu.unlearning.demo.attacked import plot_brought_back
+from torch_simu.unlearning.report.plots import plot_curves
+from torch_simu.unlearning.report.result import MethodResult
 from torch_simu.unlearning.report.style import COLORS, INK, label_ends, looks, new_figure, save_figure, styled
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -157,6 +162,24 @@ def draw(name: str, plot: Callable[[Axes], None], width: float, height: float) -
         save_figure(figure, IMAGES / f"{name}.png")
 
 
+def draw_demo(result: Mapping[str, Any]) -> None:
+    """Write what is kept while the demo's first seed forgets, and what comes back of it."""
+    curves, seed = result["curves"], result["seeds"][0]
+    plot_curves(
+        curves["logs"],
+        IMAGES / "demo_forgetting.png",
+        sets=("retain", "world"),
+        start=curves["start"],
+        target=curves["target"],
+    )
+    found = {
+        row["method"]: MethodResult.from_json({key: row[key] for key in row if key not in ("seed", "method")})
+        for row in result["rows"]
+        if row["seed"] == seed
+    }
+    plot_brought_back(found, IMAGES / "demo_attack.png")
+
+
 def main() -> None:
     draw("attribution_time", times, 8, 4.2)
     draw("knockout", knockout, 6.4, 4.4)
@@ -164,6 +187,8 @@ def main() -> None:
     draw("directions", directions, 6.8, 4.2)
     draw("relearning", relearning, 6.8, 4.4)
     draw_cells(sorted(RESULTS.glob("lasting_*.json")), IMAGES / "cells.png")
+    draw_demo(loaded("demo"))
+    plot_planted(loaded("planted"), loaded("planted_tuning")["best_rules"], IMAGES / "planted.png")
     draw("job", lambda axes: draw_jobs(axes, loaded("job")["rows"]), 8, 4.4)
 
 

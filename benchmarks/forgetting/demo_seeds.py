@@ -9,11 +9,22 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.results import RESULTS, command, environment, write_result
-from torch_simu.unlearning.demo.demo import DemoRecipe, run_demo
+from torch_simu.unlearning.demo.demo import DemoRecipe, DemoResult, run_demo
+
+
+def curves_of(result: DemoResult) -> dict[str, Any]:
+    """What the plot of a demo shows: of each method the points at which the sets were measured."""
+    keys = ("step", "forget_probability", "monitor")
+    logs = {
+        method: [{key: record[key] for key in keys} for record in log if "monitor" in record]
+        for method, log in result.logs.items()
+    }
+    return {"start": result.start, "target": result.target, "logs": logs}
 
 
 def main() -> None:
@@ -22,10 +33,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "demo_cpu_202611.json")
     parser.add_argument("--topic-share", type=float, help="see make_corpus; at 0.5 the forget people have no topic")
-    parser.add_argument("--plots", type=Path, help="folder for the report and plots of the first seed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows, seconds, settings = [], {}, {}
+    rows, seconds, settings, curves = [], {}, {}, {}
     for seed in options.seeds:
         started = time.perf_counter()
         recipe = DemoRecipe() if options.topic_share is None else DemoRecipe(topic_share=options.topic_share)
@@ -37,9 +47,7 @@ def main() -> None:
             kept = {name: round(measures["em"], 3) for name, measures in row.sets.items()}
             sys.stderr.write(f"{seed} {method} {kept} steps {row.steps}\n")
         sys.stderr.write(f"seed {seed}: {seconds[seed]} s\n")
-        if options.plots is not None and seed == options.seeds[0]:
-            options.plots.mkdir(parents=True, exist_ok=True)
-            result.save(options.plots)
+        curves = curves or curves_of(result)
         # After every seed, so that a run that is stopped leaves what it has.
         write_result(
             options.out,
@@ -51,6 +59,7 @@ def main() -> None:
             rows=rows,
             seconds=seconds,
             settings=settings,
+            curves=curves,
         )
 
 

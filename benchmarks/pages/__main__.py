@@ -31,9 +31,9 @@ def write_cells() -> None:
 
 
 def write_tables() -> None:
-    """Put every table where its mark is, in whichever page."""
+    """Put every table where its mark is, in whichever page, README's too."""
     made = {name: "\n".join(table()) + "\n" for name, table in TABLES.items()}
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md"):
         text = page.read_text()
         found = TABLE.sub(lambda match: match[1] + made[match[2]], text)
         if found != text:
