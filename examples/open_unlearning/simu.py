@@ -59,12 +59,12 @@ class SIMU(GradDiff):
         inputs = self._prepare_inputs(inputs)
         names = ("input_ids", "attention_mask", "labels")
         forget, retain = ({name: inputs[part][name] for name in names} for part in ("forget", "retain"))
-        recording = self.hooks.recording() if self.simu.hessian_due else nullcontext()
-        with self.balance.forget(), recording:
-            forget_loss = self.forget_loss(model, forget)
-            self.accelerator.backward(self.gamma * forget_loss)
-        retain_loss = self.compute_retain_loss(model, retain)
-        self.accelerator.backward(retain_loss)
+        with self.hooks.recording() if self.simu.hessian_due else nullcontext():
+            with self.balance.forget():
+                forget_loss = self.forget_loss(model, forget)
+                self.accelerator.backward(self.gamma * forget_loss)
+            retain_loss = self.compute_retain_loss(model, retain)
+            self.accelerator.backward(retain_loss)
         # Behind the last micro-batch of a step.
         if self.accelerator.sync_gradients:
             if self.simu.hessian_due:

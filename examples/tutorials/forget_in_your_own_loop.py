@@ -46,10 +46,10 @@ optimizer = SIMUOptimizer(neurons.param_groups(model), lr=0.02, betas=(0.9, 0.8)
 balance = GradientBalance(optimizer)
 batches = {name: Batches(fiction.examples[name], 16, seed=0) for name in ("forget", "retain")}
 steps = 0
-with register_neuron_hooks(model, neurons, reduce="covariance", outputs=True, recording=False) as hooks:
+with register_neuron_hooks(model, neurons, reduce="covariance", outputs=True) as hooks:
     while known("forget") > 0.1 and steps < 200:
         hooks.reset()
-        with hooks.recording(), balance.forget():
+        with balance.forget():
             log_probs, scored = answer_log_probs(model, batches["forget"].batch(steps))
             log_probs[scored].exp().mean().backward()
         mean_answer_nll(model, batches["retain"].batch(steps)).backward()

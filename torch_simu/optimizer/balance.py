@@ -30,7 +30,7 @@ class GradientBalance:
     So neither drowns the other, whatever the losses are. The floor $\epsilon$ keeps the forget gradient alive where
     nothing is left to repair on the retain set. Norms are over trained entries only, in all shards. What a
     `SIMUOptimizer` whitens is balanced as it steps: layer by layer, with the norms of the whitened gradients, since the
-    inverse of the forget set's covariance makes a forget gradient much shorter than a retain gradient. Refresh the
+    inverse of a covariance makes the gradient of the rows that it is of much shorter than that of others. Refresh the
     curvature before `combine_` then. On a processor the next step takes the sum of what was whitened, so that it solves
     twice and not three times; where `.grad` or the curvature is another one by then it whitens anew.
 

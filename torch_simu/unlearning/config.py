@@ -49,6 +49,7 @@ _PUBLISHED: Mapping[str, object] = MappingProxyType(
         "objective": "grad_diff",
         "balance": False,
         "curvature": "gnb",
+        "covariance_of": "forget",
         "fraction": 0.1,
         "lr": 1e-4,
         "betas": (0.965, 0.99),
@@ -63,6 +64,7 @@ _SIMU: Mapping[str, object] = MappingProxyType(
         "objective": "probability",
         "balance": True,
         "curvature": "both",
+        "covariance_of": "both",
         "fraction": 1.0,
         "lr": 0.04,
         "betas": (0.9, 0.8),
@@ -114,9 +116,10 @@ class UnlearnConfig:
             "1.5h"; see `budget` of `attribute_neurons`. None: all `attribution_steps`.
         max_completeness_error: As in `attribute_neurons`: scores of a layer that miss a larger share are refused.
         attribution_rows: At most this many retain rows are attributed for the contrast, evenly spread.
-        curvature: "gnb" (Sophia's diagonal on retain batches), or covariances on the forget batches: "neurons", "both".
+        curvature: "gnb" (Sophia's diagonal on retain batches), or covariances: of the "neurons", or of outputs, too
+            ("both").
         damping: As in `SIMUOptimizer`, for the covariances.
-        covariance_of: Which batches they are of: "forget", or "both", with the retain batches, too.
+        covariance_of: Which rows covariances are of: those to "forget", or "both" sets of a step.
         lr: Step size: the largest change of one weight per step (Sophia), of a layer as a share of its norm (with a
             curvature from covariances), or AdamW's learning rate.
         paced: Whether `lr` is the largest step size only, and the run begins with a hundredth of it and lengthens or
@@ -125,8 +128,7 @@ class UnlearnConfig:
         rho: Curvature scale.
         weight_decay: Decoupled decay of the trained weights.
         clip: Bound of the ratio of momentum and curvature.
-        hessian_interval: Steps between two refreshes of the curvature: a diagonal on retain batches, covariances on
-            forget batches.
+        hessian_interval: Steps between two refreshes of the curvature.
         forget_batch_size: Forget rows per step.
         retain_batch_size: Retain rows per step.
         hessian_batch_size: Retain rows per refresh.
@@ -172,7 +174,7 @@ class UnlearnConfig:
     attribution_rows: int = 400
     curvature: Curvature = None  # type: ignore[assignment]
     damping: float = 0.1
-    covariance_of: CovarianceSets = "forget"
+    covariance_of: CovarianceSets = None  # type: ignore[assignment]
     lr: float = None  # type: ignore[assignment]
     paced: bool = None  # type: ignore[assignment]
     betas: tuple[float, float] = None  # type: ignore[assignment]

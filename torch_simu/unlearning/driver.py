@@ -82,7 +82,7 @@ def unlearn(
     """Make `model` forget one set and keep another, in place: attribute, select, then step until the target.
 
     A diagonal curvature is refreshed on retain batches, so that the step is short where the retain set bends;
-    covariances are those of the forget batches, so that the step stays out of what these share. Dropout is off.
+    covariances are those of the batches of a step, so that it stays out of what their rows share. Dropout is off.
     Batch `i` and the labels sampled at step `i` depend on the seed and `i` alone: a run that is killed and called again
     with the same `checkpoint` ends with the same bits as one that was not.
 

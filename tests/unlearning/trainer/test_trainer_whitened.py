@@ -41,10 +41,10 @@ from torch_simu.unlearning.trainer.covariances import CovarianceRefresh
 CURVATURES = ("neurons", "both")
 
 
-def test_covariances_of_both_sets_are_those_of_all_their_rows(tmp_path, expected):
+def test_covariances_of_the_forget_set_are_those_of_its_rows_alone(tmp_path, expected):
     model, wanted = make_model(), make_model()
-    whitened_loop(wanted, "both", rows="both")
-    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "covariance_of": "both"}
+    whitened_loop(wanted, "both", rows="forget")
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "covariance_of": "forget"}
     make_whitened_trainer(model, tmp_path, "both", **arguments).train()
     assert largest_difference(model, wanted) < TOLERANCE < 1e-2 * largest_difference(model, expected["both"])
 

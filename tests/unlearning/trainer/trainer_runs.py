@@ -60,7 +60,7 @@ def make_trainer(
     options=None,
     refresh_seed=SEED,
     balance=False,
-    covariance_of="forget",
+    covariance_of="both",
     **arguments,
 ):
     defaults = {

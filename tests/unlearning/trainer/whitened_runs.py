@@ -36,7 +36,7 @@ def make_whitened_trainer(model, folder, curvature, callbacks=(), options=None, 
     )
 
 
-def whitened_loop(model, curvature, steps=STEPS, rows="forget"):
+def whitened_loop(model, curvature, steps=STEPS, rows="both"):
     """One row at a time, unpadded; inverses of dense covariances, and gradients balanced behind them."""
     selection = make_selection(model)
     layers = {name: model.get_submodule(name) for name in selection}

@@ -15,7 +15,7 @@ from torch_simu.cli.loading import Loading
 from torch_simu.cli.measuring import Measuring
 from torch_simu.cli.saving import exactness
 from torch_simu.unlearning.attack.config import AttackConfig
-from torch_simu.unlearning.config import CovarianceSets, MethodName, Rule, UnlearnConfig
+from torch_simu.unlearning.config import MethodName, Rule, UnlearnConfig
 
 _RUN = UnlearnConfig()
 _PUBLISHED = UnlearnConfig(method="simu_graddiff")
@@ -50,7 +50,7 @@ def unlearn(
     hessian_interval: options.HessianInterval = None,
     curvature: options.Curvature = None,
     damping: options.Damping = _RUN.damping,
-    covariance_of: options.CovarianceSets = _RUN.covariance_of,
+    covariance_of: options.CovarianceSets = None,
     retain_weight: options.RetainWeight = _RUN.retain_weight,
     retain_term: options.RetainTerm = _RUN.retain_term,
     rehearsal: options.Rehearsal = _RUN.rehearsal,
@@ -88,6 +88,7 @@ def unlearn(
         "objective": objective,
         "balance": balance,
         "curvature": curvature,
+        "covariance_of": covariance_of,
         "fraction": fraction,
         "lr": lr,
         "paced": paced,
@@ -103,7 +104,6 @@ def unlearn(
         retain_weight=retain_weight,
         rule=cast("Rule", rule),
         damping=damping,
-        covariance_of=cast("CovarianceSets", covariance_of),
         retain_term=cast("Literal['nll', 'kl']", retain_term),
         rehearsal=rehearsal,
         adversary_lr=adversary_lr,

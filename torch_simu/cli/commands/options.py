@@ -76,11 +76,13 @@ Balance = Annotated[
 Curvature = Annotated[
     str | None,
     typer.Option(
-        help="gnb (a diagonal on retain rows), or covariances on forget rows: neurons, both; the method's own."
+        help="gnb (a diagonal on retain rows), or covariances: of neurons, or of outputs, too (both); the method's own."
     ),
 ]
 Damping = Annotated[float, typer.Option(help="Share of its mean that is added to the diagonal of a covariance.")]
-CovarianceSets = Annotated[str, typer.Option(help="What covariances are of: forget rows, or both sets.")]
+CovarianceSets = Annotated[
+    str | None, typer.Option(help="Which rows covariances are of: forget, or both sets; the method's own.")
+]
 Rehearsal = Annotated[
     int, typer.Option(help="So many rows that the model writes itself, about random words, are kept like retain rows.")
 ]

@@ -115,7 +115,7 @@ class CurvatureUpdates(Optimizer):
         r"""Refresh the covariances of `curvature="neurons"` and `"both"` from what hooks saw.
 
         $A \leftarrow \beta_2 A + (1 - \beta_2) \hat A$, with $\hat A$ the mean of $a a^T$ over the positions that a
-        backward reached; the first one is taken as it is. Run the forget batch with the hooks in place, call this
+        backward reached; the first one is taken as it is. Run the batches of a step with the hooks in place, call this
         where `hessian_due` says so, then `step`. The state keeps Cholesky factors, and the norm of the weights. Of
         a layer whose rows train it is the covariance of all inputs, and for "both" that of the gradients of its rows.
 

@@ -1,4 +1,4 @@
-"""CovarianceRefresh: the covariances by which steps are whitened, from the forget rows of a step, in any loop."""
+"""CovarianceRefresh: the covariances by which steps are whitened, from the rows of a step, in any loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CovarianceRefresh:
     Args:
         model: The trained model, as it is or wrapped for data parallelism.
         optimizer: A `SIMUOptimizer`, as it is or wrapped by accelerate.
-        sets: Which rows the covariances are of: "forget", or "both", with the retain rows.
+        sets: Which rows the covariances are of: "both", or "forget", where what runs inside `retain` does not count.
 
     Raises:
         TypeError: If there is no `SIMUOptimizer` in `optimizer`.
@@ -42,14 +42,16 @@ class CovarianceRefresh:
         >>> optimizer = SIMUOptimizer([{"params": [layer.weight], "neurons": [[0, 2]]}], curvature="neurons")
         >>> with CovarianceRefresh(layer, optimizer) as covariances:
         ...     with covariances.forget():
-        ...         layer(torch.eye(3)).sum().backward()
+        ...         (-layer(torch.eye(3)).sum()).backward()
+        ...     with covariances.retain():
+        ...         layer(torch.ones(1, 3)).sum().backward()
         ...     covariances.before_step()
         True
         >>> optimizer.state[layer.weight]["neuron_factor"].shape
         torch.Size([2, 2])
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, sets: CovarianceSets = "forget") -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, sets: CovarianceSets = "both") -> None:
         self._retains = check_choice("sets", sets, get_args(CovarianceSets)) == "both"
         self._optimizer = find_simu_optimizer(optimizer)
         self._hooks = covariance_hooks(model, self._optimizer, recording=False)

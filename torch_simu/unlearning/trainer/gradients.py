@@ -31,7 +31,7 @@ class StepGradients:
         optimizer: Any optimizer, as it is or wrapped by accelerate.
         balance: Whether the forget gradient is brought to the norm of the retain gradient, see `GradientBalance`. Under
             FSDP2 each micro-batch must reduce its gradients then.
-        covariance_of: Which rows covariances are of: "forget", or "both", with the retain rows.
+        covariance_of: Which rows covariances are of: those to "forget", or "both" sets.
 
     Raises:
         ValueError: As `CovarianceRefresh`.
@@ -53,7 +53,7 @@ class StepGradients:
         optimizer: Optimizer,
         *,
         balance: bool = False,
-        covariance_of: CovarianceSets = "forget",
+        covariance_of: CovarianceSets = "both",
     ) -> None:
         self._optimizer = optimizer
         self._balance = GradientBalance(optimizer) if balance else None

@@ -113,7 +113,7 @@ class UnlearningTrainer(Trainer):
         objective: What is descended.
         balance: Whether the forget gradient is brought to the norm of the retain gradient before each step; see
             `torch_simu.optimizer.GradientBalance`.
-        covariance_of: Which rows covariances are of: "forget", or "both", with the retain rows.
+        covariance_of: Which rows covariances are of: those to "forget", or "both" sets.
         options: Those of `Trainer`: `train_dataset` (a `ForgetRetainPairs`), `optimizer_cls_and_kwargs` (see
             `SIMUOptimizerFactory`), `callbacks` (a `CurvatureRefresh`) and others. `data_collator` is a `PairCollator`
             unless given. An `eval_dataset` is a list of `Example`; its loss is the mean over scored tokens.
@@ -133,7 +133,7 @@ class UnlearningTrainer(Trainer):
         *,
         objective: Objective,
         balance: bool = False,
-        covariance_of: CovarianceSets = "forget",
+        covariance_of: CovarianceSets = "both",
         **options: Any,
     ) -> None:
         options.setdefault("data_collator", PairCollator())
