@@ -1,4 +1,6 @@
-"""What else was tried so that forgetting lasts or costs less: the default with one thing changed, on the demo.
+"""What else was tried so that forgetting lasts or costs less, on the demo.
+
+One thing is changed at a time of the method by covariances of the forget set, which the default was before.
 
 Each variant runs to the same forget target at the same step size, where its name says nothing else, and is attacked as
 in `forgetting.lasting`. What it changes is in `benchmarks.forgetting.tried`.

@@ -15,6 +15,8 @@ SETS = ("retain", "world")
 FIRST_AND_SECOND_ORDER = ("fo_graddiff", "so_graddiff")
 LEADING = 2
 """The place of the twentieth among the shares of `benchmarks.forgetting.directions`."""
+BEFORE_CHANGES = "covariances of the forget set"
+"""What the variants change."""
 NEVER_UNLEARNED = ("before", "retrained")
 
 
@@ -124,11 +126,13 @@ def relearned(row: Row) -> float | None:
 
 def variants(rows: Sequence[Row]) -> Iterator[Part]:
     """How many single changes of the default are better than it, and whether several together reach both bars."""
-    names = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "simu"))
+    names = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != BEFORE_CHANGES))
     better = []
     for name in (name for name in names if TOGETHER not in name):
         seeds = {row["seed"] for row in rows if row["variant"] == name}
-        pair = [[row for row in rows if row["variant"] == each and row["seed"] in seeds] for each in ("simu", name)]
+        pair = [
+            [row for row in rows if row["variant"] == each and row["seed"] in seeds] for each in (BEFORE_CHANGES, name)
+        ]
         kept = [[averaged(found, of, "whole") or 0.0 for of in SETS] for found in pair]
         back = [averaged(found, "back", "probability") or 1.0 for found in pair]
         reached = all(row["reached"] for row in pair[1])

@@ -26,6 +26,7 @@ from benchmarks.forgetting.tried.steps.clip import Clipped
 from benchmarks.forgetting.tried.steps.subspace import Projected, basis
 from benchmarks.forgetting.tried.supporting import TowardZero
 from benchmarks.verdicts.claims import CLAIMS
+from benchmarks.verdicts.forgetting import BEFORE_CHANGES
 from torch_simu.layers import down_projections
 from torch_simu.unlearning.objectives import mean_answer_nll
 
@@ -282,5 +283,5 @@ def figures(variant: str, world: float, back: float, seeds: int = 3, **more: obj
     ],
 )
 def test_a_change_is_better_in_all_three_or_reaches_both_bars(rows: list[dict], expected: list[int]) -> None:
-    parts = CLAIMS["variants"].verdict({"rows": [*figures("simu", 0.93, 0.4), *rows]})["parts"]
+    parts = CLAIMS["variants"].verdict({"rows": [*figures(BEFORE_CHANGES, 0.93, 0.4), *rows]})["parts"]
     assert [each["measured"] for each in parts] == expected

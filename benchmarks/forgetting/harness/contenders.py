@@ -112,8 +112,8 @@ THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}
 ALL = {"adversary_scope": "all"}
-# Covariances of the forget and the retain rows of a step.
-BOTH = {"covariance_of": "both"}
+# Covariances of the forget rows of a step, as the default had them before.
+ALONE = {"covariance_of": "forget"}
 # Twice the retain rows, so that as many of those that were there are in a step as without.
 REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
@@ -131,10 +131,18 @@ CONTENDERS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),
     "simu with an adversary": Contender(choices=STEP, unit="shares", relearns=1.0),
     "simu with an adversary of all weights": Contender(choices={**STEP, **ALL}, unit="shares", relearns=1.0),
-    "simu of both sets": Contender(choices={**STEP, **BOTH}, unit="shares"),
-    "simu of both sets with an adversary": Contender(choices={**STEP, **BOTH}, unit="shares", relearns=1.0),
-    "simu of both sets with an adversary of all weights": Contender(
-        choices={**STEP, **BOTH, **ALL}, unit="shares", relearns=1.0
+    "covariances of the forget set": Contender(choices={**STEP, **ALONE}, unit="shares"),
+    "covariances of the forget set, with an adversary": Contender(
+        choices={**STEP, **ALONE}, unit="shares", relearns=1.0
+    ),
+    "covariances of the forget set, with an adversary of all weights": Contender(
+        choices={**STEP, **ALONE, **ALL}, unit="shares", relearns=1.0
+    ),
+    "covariances of the forget set, rehearsed": Contender(
+        choices={**STEP, **ALONE, **REHEARSED}, unit="shares", retain_batches=2
+    ),
+    "covariances of the forget set, damped by the mean of all": Contender(
+        choices={**STEP, **ALONE}, unit="shares", within=damped_by_all
     ),
     "simu, rehearsed, with an adversary": Contender(
         choices={**STEP, **REHEARSED, **ALL}, unit="shares", retain_batches=2, relearns=1 / 3
@@ -146,7 +154,6 @@ CONTENDERS: Mapping[str, Contender] = {
         )
         for name, step in {"first order": FIRST, "second order": SECOND}.items()
     },
-    "simu, damped by the mean of all": Contender(choices=STEP, unit="shares", within=damped_by_all),
     "simu, covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
     # So much damping leaves the plain gradient, at the same length.
     "simu, trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),

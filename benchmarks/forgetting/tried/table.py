@@ -38,7 +38,7 @@ REHEARSAL: dict[str, Any] = {"rehearsal": 400, "retain_term": "kl", "retain_batc
 BOTH = ("forget", "retain")
 
 VARIANTS: Mapping[str, Variant] = {
-    "simu": configured,
+    "covariances of the forget set": configured,
     "the same as a plain loop": looped,
     "retain term KL": partial(configured, retain_term="kl"),
     "retain weight 4": partial(configured, retain_weight=4.0),
