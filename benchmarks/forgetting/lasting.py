@@ -70,8 +70,6 @@ def configured(case: Case, target: Target, seed: int, contender: Contender, **ch
     """Every choice of a run."""
     sizes: dict[str, object] = dict.fromkeys(("forget_batch_size", "hessian_batch_size"), case.batch_size)
     sizes["retain_batch_size"] = contender.retain_batches * case.batch_size
-    if contender.relearns:
-        sizes["adversary_lr"] = contender.relearns * target.relearning
     every: dict[str, Any] = {**target.shared, **sizes, **contender.choices, **choices}
     return UnlearnConfig(seed=seed, forget_target=target.probability, **every)
 

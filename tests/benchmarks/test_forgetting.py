@@ -195,14 +195,6 @@ def test_what_is_rehearsed_beside_retain_rows_has_a_batch_for_each(case: Case) -
     assert (config.forget_batch_size, config.retain_batch_size) == (case.batch_size, 2 * case.batch_size)
 
 
-def test_an_adversary_relearns_at_the_rate_of_its_target(case: Case) -> None:
-    for name, share in (("simu with an adversary", 1.0), ("simu, rehearsed, with an adversary", 1 / 3)):
-        for target in (TARGETS["demo"], TARGETS["pretrained"]):
-            assert configured(case, target, 0, CONTENDERS[name]).adversary_lr == share * target.relearning
-    assert TARGETS["demo"].relearning > TARGETS["pretrained"].relearning
-    assert configured(case, TARGETS["demo"], 0, CONTENDERS["simu"]).adversary_lr is None
-
-
 def test_what_near_rows_lift_is_what_teaching_forgotten_ones_lifts_where_they_are_the_same(case: Case) -> None:
     config = TARGETS["quick"].attack
     taught, scored = split_rows(case.sets["forget"], every=config.attacker_every)

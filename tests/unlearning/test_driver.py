@@ -134,7 +134,8 @@ def test_nothing_is_differentiated_below_the_first_layer_that_trains(memorized):
     assert {flag for layer, flag in reached if layer is last} == {True, False}
 
 
-def test_what_hooks_sum_is_forgotten_once_it_is_folded_in(memorized, monkeypatch):
+@pytest.mark.parametrize("sets", ["forget", "both"])
+def test_what_hooks_sum_is_forgotten_once_it_is_folded_in(memorized, monkeypatch, sets):
     model, examples = memorized
     made = []
     monkeypatch.setattr(driver, "make_hooks", lambda *given: made.append(make_hooks(*given)) or made[-1])
@@ -146,12 +147,12 @@ def test_what_hooks_sum_is_forgotten_once_it_is_folded_in(memorized, monkeypatch
                 yield term
                 held.append([any(map(hooks.recorded, hooks.layers)) for hooks in made])
 
-    config = FAST.updated(method="simu", max_steps=2, hessian_interval=1, lr=0.04, fraction=1.0)
+    config = FAST.updated(method="simu", covariance_of=sets, max_steps=2, hessian_interval=1, lr=0.04, fraction=1.0)
     run(model, examples, config, objective=Watched())
     (hooks,) = made
     assert len(hooks.layers) == RECIPE.num_layers and not any(map(hooks.recorded, hooks.layers))
-    # Also before the retain term is made.
-    assert held == 4 * [[False]]
+    # Of the forget set alone before the retain term is made.
+    assert held == 4 * [[sets == "both"]]
 
 
 def test_optimizer_state_is_that_of_the_selected_neurons(memorized):

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from torch_simu._checks import check_count, check_number, problem
+from torch_simu._checks import check_choice, check_count, check_number, problem
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 
 _LARGEST_NORM = 1.0
+_SHARE = 0.2
+"""Of the loss, that a step of the automatic rate would take."""
+
+
+def check_rate(name: str, rate: float | str) -> float | Literal["auto"]:
+    """Return a rate of an adversary: a positive number, or "auto".
+
+    Args:
+        name: What the error calls it.
+        rate: What was given.
+
+    Raises:
+        ValueError: If it is another word, or not positive.
+        TypeError: If it is neither word nor number.
+    """
+    if isinstance(rate, str):
+        check_choice(name, rate, ("auto",))
+        return "auto"
+    return check_number(name, rate, low_open=True)
 
 
 class Adversary:
-    """A copy of weights, which takes AdamW steps on the forget set and starts anew every few steps.
+    r"""A copy of weights, which takes AdamW steps on the forget set and starts anew every few steps.
 
     What is forgotten at the weights of a model that was taught again is not brought back by that lesson: the inner
     loop of tamper-resistant training (Tamirisa et al. 2024, arXiv 2408.00761; MUDMAN, arXiv 2506.12484). Without a
@@ -27,16 +46,25 @@ class Adversary:
 
     Args:
         optimizer: The optimizer whose trained entries are copied; of a `SIMUOptimizer` the selected ones.
-        lr: Learning rate of the copy.
+        lr: Learning rate of the copy; "auto": that at which a step along the signs of its gradient $g$ would take a
+            fifth of the loss $L$, $L / (5 \lVert g \rVert_1)$, as Polyak's step size does it. It fits models of any
+            size, where one number fits few.
         interval: Steps after which it starts anew.
         model: Whose floating-point parameters are copied instead.
 
     Raises:
-        ValueError: If `lr` or `interval` is not positive, or a weight that relearns is spread over processes.
+        ValueError: If `lr` is no rate, `interval` not positive, or a weight that relearns is spread over processes.
     """
 
-    def __init__(self, optimizer: Optimizer, *, lr: float, interval: int = 20, model: nn.Module | None = None) -> None:
-        self._lr, self._interval = check_number("lr", lr, low_open=True), check_count("interval", interval)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        lr: float | Literal["auto"],
+        interval: int = 20,
+        model: nn.Module | None = None,
+    ) -> None:
+        self._lr, self._interval = check_rate("lr", lr), check_count("interval", interval)
         groups: list[dict[str, Any]] = optimizer.param_groups
         if model is not None:
             groups = [{"params": [param for param in model.parameters() if param.is_floating_point()]}]
@@ -64,13 +92,23 @@ class Adversary:
             }
             self._steps = self._make_steps()
         with self.in_place(), self._differentiated():
-            loss().backward()
+            found = loss()
+            found.backward()
             for entry in entries_of(self._groups, range(len(self._groups)), self._selected):
                 self._values[entry.param].grad = entry.grad
                 entry.param.grad = None
+        if self._lr == "auto":
+            self._pace(found.detach())
         torch.nn.utils.clip_grad_norm_(self._values.values(), _LARGEST_NORM)
         self._steps.step()
         self._steps.zero_grad()
+
+    def _pace(self, loss: Tensor) -> None:
+        """Set the learning rate by what a step along the signs of the gradient would take of the loss."""
+        grads = [value.grad for value in self._values.values() if value.grad is not None]
+        slope = torch.nn.utils.get_total_norm(grads, 1.0).item()
+        for group in self._steps.param_groups:
+            group["lr"] = _SHARE * max(loss.item(), 0.0) / slope if slope > 0 else 0.0
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -125,7 +163,7 @@ class Adversary:
 
     def _make_steps(self) -> AdamW:
         values = list(self._values.values()) or [nn.Parameter(torch.zeros(0))]
-        return AdamW(values, lr=self._lr, weight_decay=0.0)
+        return AdamW(values, lr=0.0 if isinstance(self._lr, str) else self._lr, weight_decay=0.0)
 
     def _entries(self) -> list[Entry]:
         values = {

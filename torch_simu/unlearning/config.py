@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from torch_simu._checks import check_choice, check_count, check_number, check_pattern, problem
 from torch_simu.attribution.estimate.limit import budget_of
+from torch_simu.unlearning.adversary import check_rate
 from torch_simu.unlearning.objectives import OBJECTIVES, RETAIN_TERMS, RETAIN_WEIGHT
 
 Where = Literal["all", "critical", "random", "every_neuron", "attention"]
@@ -97,8 +98,8 @@ class UnlearnConfig:
             retain rows.
         rehearsal: So many rows that the model writes itself join the retain set before the first step; see `rehearse`.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
-        adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten; the forget
-            gradient is taken there then. None: there is no adversary. See `Adversary`.
+        adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten, or "auto";
+            the forget gradient is taken there then. None: there is no adversary. See `Adversary`.
         adversary_scope: Which weights that copy is of: "trained", or "all", which lasts longer and takes the memory of
             more models.
         adversary_interval: Steps after which that copy starts anew.
@@ -157,7 +158,7 @@ class UnlearnConfig:
     retain_term: Literal["nll", "kl"] = "nll"
     rehearsal: int = 0
     balance: bool = None  # type: ignore[assignment]
-    adversary_lr: float | None = None
+    adversary_lr: float | Literal["auto"] | None = None
     adversary_scope: Literal["trained", "all"] = "trained"
     adversary_interval: int = 20
     rule: Rule = "contrast"
@@ -214,7 +215,7 @@ class UnlearnConfig:
         check_number("clip", self.clip, low_open=True)
         check_number("damping", self.damping, low_open=True)
         if self.adversary_lr is not None:
-            check_number("adversary_lr", self.adversary_lr, low_open=True)
+            check_rate("adversary_lr", self.adversary_lr)
         if self.whitened and not (self.second_order and self.trains_neurons):
             wrong = f"curvature is {self.curvature!r} for method {self.method!r}"
             raise ValueError(problem(wrong, "'gnb'", "Covariances of neurons need a method that trains neurons."))

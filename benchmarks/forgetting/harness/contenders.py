@@ -34,7 +34,6 @@ class Contender:
         steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer, with LoRA matrices, or RepSelect's.
         mask: The neurons that train, of a case and a seed; None: those of the configuration.
         retain_batches: Batches of retain rows beside one of forget rows in a step.
-        relearns: The rate of an adversary as a share of the target's; zero: there is none.
         within: What a run of it is made in.
     """
 
@@ -43,7 +42,6 @@ class Contender:
     steps: Literal["unlearn", "soul", "low rank", "collapse"] = "unlearn"
     mask: Callable[[Case, int], NeuronSelection] | None = None
     retain_batches: int = 1
-    relearns: float = 0.0
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -111,6 +109,7 @@ STEP = {"method": "simu"}
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}
+ADVERSARY = {"adversary_lr": "auto"}
 ALL = {"adversary_scope": "all"}
 # Covariances of the forget rows of a step, as the default had them before.
 ALONE = {"covariance_of": "forget"}
@@ -129,14 +128,21 @@ CONTROLS = ("random columns of all layers", "attention only")
 
 CONTENDERS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),
-    "simu with an adversary": Contender(choices=STEP, unit="shares", relearns=1.0),
-    "simu with an adversary of all weights": Contender(choices={**STEP, **ALL}, unit="shares", relearns=1.0),
+    "simu with an adversary": Contender(choices={**STEP, **ADVERSARY}, unit="shares"),
+    "simu with an adversary of all weights": Contender(choices={**STEP, **ADVERSARY, **ALL}, unit="shares"),
+    "simu with an adversary of all weights at 1e-5": Contender(
+        choices={**STEP, "adversary_lr": 1e-5, **ALL}, unit="shares"
+    ),
+    "simu, rehearsed, with an adversary": Contender(
+        choices={**STEP, **REHEARSED, **ADVERSARY, **ALL}, unit="shares", retain_batches=2
+    ),
+    "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", retain_batches=2),
     "covariances of the forget set": Contender(choices={**STEP, **ALONE}, unit="shares"),
     "covariances of the forget set, with an adversary": Contender(
-        choices={**STEP, **ALONE}, unit="shares", relearns=1.0
+        choices={**STEP, **ALONE, "adversary_lr": 3e-4}, unit="shares"
     ),
     "covariances of the forget set, with an adversary of all weights": Contender(
-        choices={**STEP, **ALONE, **ALL}, unit="shares", relearns=1.0
+        choices={**STEP, **ALONE, "adversary_lr": 3e-4, **ALL}, unit="shares"
     ),
     "covariances of the forget set, rehearsed": Contender(
         choices={**STEP, **ALONE, **REHEARSED}, unit="shares", retain_batches=2
@@ -144,10 +150,6 @@ CONTENDERS: Mapping[str, Contender] = {
     "covariances of the forget set, damped by the mean of all": Contender(
         choices={**STEP, **ALONE}, unit="shares", within=damped_by_all
     ),
-    "simu, rehearsed, with an adversary": Contender(
-        choices={**STEP, **REHEARSED, **ALL}, unit="shares", retain_batches=2, relearns=1 / 3
-    ),
-    "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", retain_batches=2),
     **{
         f"{name}, bounded, rehearsed": Contender(
             choices={**step, **BOUNDED, **REHEARSED}, unit="weights", retain_batches=2

@@ -22,13 +22,12 @@ TRIED = {
 
 
 class Target(NamedTuple):
-    """When a run ends, step sizes to try, what all contenders share, the attacker's choices and an adversary's rate."""
+    """When a run ends, the step sizes to try, what all contenders share, and the attacker's choices."""
 
     probability: float
     rates: Mapping[str, Sequence[float]]
     shared: Mapping[str, object]
     attack: AttackConfig
-    relearning: float = 3e-4
 
 
 SHARED = {"hessian_interval": 5, "max_steps": 300, "eval_interval": 2, "max_completeness_error": None, "paced": True}
@@ -43,7 +42,7 @@ TARGETS = {
     "demo": Target(0.1, LARGEST, FEW_ROWS, ATTACK),
     "tofu": Target(0.05, LARGEST, FEW_ROWS, ATTACK),
     "lume": Target(0.05, LARGEST, FEW_ROWS, ATTACK),
-    "pretrained": Target(0.05, LARGEST, PLAIN, GENTLE, relearning=1e-5),
+    "pretrained": Target(0.05, LARGEST, PLAIN, GENTLE),
     "quick": Target(
         0.5, {unit: rates[-1:] for unit, rates in TRIED.items()}, {**FEW_ROWS, **FIXED, "max_steps": 24}, SHORT
     ),

@@ -53,7 +53,7 @@ class Loop:
         lr: float = LR,
         probability: float = TARGET.probability,
         max_steps: int = 300,
-        adversary_lr: float | None = None,
+        adversary_lr: float | Literal["auto"] | None = None,
         adversary_scope: Literal["trained", "all"] = "all",
         adversary_from: float = 1.0,
         adversary_retains: bool = False,

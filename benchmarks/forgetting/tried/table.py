@@ -85,6 +85,10 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, trained weights + covariances of both sets": partial(
         looped, adversary_lr=3e-4, adversary_scope="trained", covariance_of=BOTH
     ),
+    "adversary, all weights, auto + covariances of both sets": partial(looped, adversary_lr="auto", covariance_of=BOTH),
+    "adversary, trained weights, auto + covariances of both sets": partial(
+        looped, adversary_lr="auto", adversary_scope="trained", covariance_of=BOTH
+    ),
     "adversary, all weights, 1e-4 + covariances of the retain set": partial(
         looped, adversary_lr=1e-4, covariance_of=("retain",)
     ),

@@ -57,6 +57,68 @@ def test_its_steps_are_those_of_adamw_on_a_copy_that_starts_anew() -> None:
             param += 1
 
 
+def steps_take_a_fifth_of_the_loss(make, scale):
+    """By hand: AdamW at a rate that a step along the signs of the gradient would take a fifth of the loss by."""
+    param = nn.Parameter(torch.tensor([3.0, -2.0]))
+    adversary = make(torch.optim.SGD([param], lr=1.0), lr="auto", interval=9)
+    twin = nn.Parameter(param.detach().clone())
+    adam = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
+    for number in range(4):
+        loss = scale * twin.square().sum()
+        loss.backward()
+        adam.param_groups[0]["lr"] = 0.2 * loss.item() / twin.grad.abs().sum().item()
+        torch.nn.utils.clip_grad_norm_([twin], 1.0)
+        adam.step()
+        adam.zero_grad()
+        adversary.relearn(number, lambda: scale * param.square().sum())
+        with adversary.in_place():
+            torch.testing.assert_close(param.detach(), twin.detach())
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_an_automatic_rate_is_that_which_takes_a_fifth_of_the_loss(scale) -> None:
+    steps_take_a_fifth_of_the_loss(Adversary, scale)
+
+
+class FollowsTheNorm(Adversary):
+    """Takes the Euclidean norm for the sum of magnitudes."""
+
+    def _pace(self, loss):
+        norm = torch.nn.utils.get_total_norm([value.grad for value in self._values.values()]).item()
+        self._steps.param_groups[0]["lr"] = 0.2 * loss.item() / norm
+
+
+class KeepsOneRate(Adversary):
+    """Takes a number for all models."""
+
+    def _pace(self, loss):
+        self._steps.param_groups[0]["lr"] = 0.2
+
+
+@pytest.mark.parametrize("mutant", [FollowsTheNorm, KeepsOneRate])
+def test_another_automatic_rate_is_seen(mutant) -> None:
+    with pytest.raises(AssertionError):
+        steps_take_a_fifth_of_the_loss(mutant, 1.0)
+
+
+def test_an_automatic_rate_stands_still_where_there_is_nothing_to_learn() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    adversary = Adversary(torch.optim.SGD([param], lr=1.0), lr="auto")
+    adversary.relearn(0, lambda: param.square().sum())
+    with adversary.in_place():
+        assert torch.equal(param.detach(), torch.zeros(2))
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    for rate, kind, message in (
+        ("automatic", ValueError, "lr is 'automatic', expected one of 'auto'"),
+        (0.0, ValueError, "lr is 0.0"),
+        (True, TypeError, "lr is True"),
+    ):
+        with pytest.raises(kind, match=message):
+            Adversary(torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0), lr=rate)
+
+
 def test_with_a_model_all_its_weights_relearn_and_what_requires_a_gradient_stays_so() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     model.requires_grad_(False)

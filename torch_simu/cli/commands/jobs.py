@@ -106,7 +106,7 @@ def unlearn(
         damping=damping,
         retain_term=cast("Literal['nll', 'kl']", retain_term),
         rehearsal=rehearsal,
-        adversary_lr=adversary_lr,
+        adversary_lr=None if adversary_lr is None else adversary_lr.value,
         adversary_scope=cast("Literal['trained', 'all']", adversary_scope),
         adversary_interval=adversary_interval,
         threshold=threshold,

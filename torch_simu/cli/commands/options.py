@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
@@ -18,6 +18,32 @@ class Decays(NamedTuple):
 
     momentum: float
     curvature: float
+
+
+class Rate(NamedTuple):
+    """A learning rate, or "auto"."""
+
+    value: float | Literal["auto"]
+
+
+def read_rate(text: str | Rate) -> Rate:
+    """Read a number, or the word "auto".
+
+    Examples:
+        >>> read_rate("1e-4"), read_rate("auto")
+        (Rate(value=0.0001), Rate(value='auto'))
+
+    Raises:
+        typer.BadParameter: If it is neither.
+    """
+    if isinstance(text, Rate):
+        return text
+    if text == "auto":
+        return Rate("auto")
+    try:
+        return Rate(float(text))
+    except ValueError:
+        raise typer.BadParameter(problem(f"adversary_lr is {text!r}", "a number, 1e-4 say, or auto")) from None
 
 
 def read_decays(text: str | Decays) -> Decays:
@@ -87,7 +113,12 @@ Rehearsal = Annotated[
     int, typer.Option(help="So many rows that the model writes itself, about random words, are kept like retain rows.")
 ]
 AdversaryLr = Annotated[
-    float | None, typer.Option(help="Forget at a copy that relearns at this rate; slower, and lasts longer.")
+    Rate | None,
+    typer.Option(
+        parser=read_rate,
+        metavar="<float>|auto",
+        help="Forget at a copy that relearns at this rate, or at one that fits the model; slower, and lasts longer.",
+    ),
 ]
 AdversaryScope = Annotated[
     str, typer.Option(help="What that copy is of: trained weights, or all, which lasts longer and takes more memory.")
