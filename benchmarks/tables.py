@@ -153,6 +153,17 @@ def robustness() -> Iterator[str]:
         yield f"| {method} | {' | '.join(cells)} |"
 
 
+def attacks() -> Iterator[str]:
+    """Probability of the scored rows after the worst of each attack: mean over the seeds, and the range."""
+    rows = loaded("attacks")["rows"]
+    names = list(dict.fromkeys(row["attack"] for row in rows))
+    yield "| method | " + " | ".join(f"`{name}`" if name != "none" else name for name in names) + " |"
+    yield "|---|" + "---|" * len(names)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = ([r["probability"] for r in rows if (r["method"], r["attack"]) == (method, name)] for name in names)
+        yield f"| {method} | {' | '.join(map(spread, found))} |"
+
+
 def deltas() -> Iterator[str]:
     """Bytes held under checkpointing, and time beside a masked dense gradient."""
     rows = loaded("deltas")["rows"]
@@ -258,6 +269,7 @@ TABLES = {
     "planted_groups_without": lambda: group_masks.without_table(loaded("planted_groups")["rows"]),
     "planted_groups_erased": lambda: group_masks.erased_table(loaded("planted_groups")["rows"]),
     "robustness": robustness,
+    "attacks": attacks,
     "deltas": deltas,
     "reliability": reliability,
     "scale_models": scale.models,

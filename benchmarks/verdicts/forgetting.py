@@ -225,3 +225,30 @@ def robustness(rows: Sequence[Row]) -> Iterator[Part]:
             after = strength(method, attack, relearn_steps=last)
             claim = f"ES of {method}, {attack}, beside that of retrained"
             yield part(claim, after, "at most", bar)
+
+
+def attacks(rows: Sequence[Row]) -> Iterator[Part]:
+    """Mean probabilities over seeds after each attack, and after the worst beside the rivals' and the paper's."""
+
+    def after(method: str, attack: str) -> float | None:
+        found = [row["probability"] for row in rows if (row["method"], row["attack"]) == (method, attack)]
+        return mean(found) if found else None
+
+    def worst(method: str) -> float | None:
+        found = [after(method, attack) for attack in names]
+        return max((each for each in found if each is not None), default=None)
+
+    names = [name for name in dict.fromkeys(row["attack"] for row in rows) if name != "none"]
+    for name in names:
+        if name != "relearn":
+            claim = f"probability of the default after {name}, beside relearn"
+            yield part(claim, after("simu", name), "at most", after("simu", "relearn"))
+    rivals = [worst(name) for name in ("first order, all weights, bounded", "second order, all weights, bounded")]
+    least = None if None in rivals else min(rivals)
+    for method in ("simu", "simu with an adversary of all weights"):
+        of = "the default" if method == "simu" else "the default with an adversary"
+        claim = f"probability of {of} after its worst attack, beside"
+        paper = worst("simu_graddiff")
+        half, third = None if least is None else least / 2, None if paper is None else paper / 3
+        yield part(f"{claim} half of the least of first and second order", worst(method), "at most", half)
+        yield part(f"{claim} a third of the paper's", worst(method), "at most", third)

@@ -65,7 +65,8 @@ class SIMUOptimizer(CurvatureUpdates):
             only, keeps them as 8-bit blocks through bitsandbytes.
         master_weights: Keep a float32 copy of the selected entries, for bfloat16 and float16 weights.
         stochastic_rounding: Round updates of bfloat16 and float16 weights so that small ones survive on average.
-        foreach: Step all parameters with fused kernels; None: on CUDA.
+        foreach: Step all parameters with fused kernels; None: on CUDA. With covariances each layer is solved and
+            stepped by itself, whatever it says.
         maximize: Ascend instead of descend.
         capturable: Let a CUDA graph that captured a step or a refresh replay it: whether gradients are finite, the
             counters and the draws of stochastic rounding are the device's; reading `hessian_due` waits for it then.

@@ -156,6 +156,9 @@ CONTENDERS: Mapping[str, Contender] = {
         )
         for name, step in {"first order": FIRST, "second order": SECOND}.items()
     },
+    "random columns, rehearsed": Contender(
+        choices={**STEP, **REHEARSED}, unit="shares", mask=anywhere, retain_batches=2
+    ),
     "simu, covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
     # So much damping leaves the plain gradient, at the same length.
     "simu, trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),

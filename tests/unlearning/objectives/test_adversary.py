@@ -159,10 +159,13 @@ def test_numbers_that_are_not_positive_are_refused(options) -> None:
         Adversary(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), **options)
 
 
-@pytest.mark.parametrize(("curvature", "scope"), [("neurons", "trained"), ("both", "trained"), ("both", "all")])
-def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, scope, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("curvature", "scope", "rate"),
+    [("neurons", "trained", 1e-3), ("both", "trained", "auto"), ("both", "all", 1e-3), ("both", "all", "auto")],
+)
+def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, scope, rate, tmp_path) -> None:
     model, examples = _memorized()
-    relearning = {"adversary_lr": 1e-3, "adversary_interval": 4, "adversary_scope": scope}
+    relearning = {"adversary_lr": rate, "adversary_interval": 4, "adversary_scope": scope}
     config = FAST.updated(method="simu", lr=0.05, curvature=curvature, checkpoint_interval=3, **relearning)
     whole, killed, resumed, plain = (copy.deepcopy(model) for _ in range(4))
     expected = run(whole, examples, config)
