@@ -36,6 +36,31 @@ ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl
 REHEARSAL: dict[str, Any] = {"rehearsal": 400, "retain_term": "kl", "retain_batch_size": 48}
 
 BOTH = ("forget", "retain")
+# The default with an adversary, which every other change below it is made beside.
+LASTING: dict[str, Any] = {
+    "paced": True,
+    "eval_interval": 2,
+    "covariance_of": "both",
+    "adversary_lr": "auto",
+    "adversary_scope": "all",
+}
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    "the trained weights alone relearn": {"adversary_scope": "trained"},
+    "it starts anew every 5 steps": {"adversary_interval": 5},
+    "at 1e-4": {"adversary_lr": 1e-4},
+    "half the step size": {"lr": 0.02},
+    "damping 0.3": {"damping": 0.3},
+    "damping 0.03": {"damping": 0.03},
+    "refreshed at every step": {"hessian_interval": 1},
+    "covariances of more steps": {"betas": (0.9, 0.95)},
+    "retain term KL": {"retain_term": "kl"},
+    "retain weight 4": {"retain_weight": 4.0},
+    "twice the retain rows": {"retain_batch_size": 48},
+    "units": {"units": True},
+    "400 rows of its own rehearsed": REHEARSAL,
+}
+"""What was changed of the default with an adversary, beside it."""
 
 VARIANTS: Mapping[str, Variant] = {
     "covariances of the forget set": configured,
@@ -108,4 +133,10 @@ VARIANTS: Mapping[str, Variant] = {
         looped, kind=Projected, share=0.3, leading=True, adversary_lr=1e-4
     ),
     "adversary, trained weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **TRAINED, lr=0.02),
+    **{
+        " + ".join(filter(None, ("default of now", "adversary of all weights", name))): partial(
+            configured, **{**LASTING, **change}
+        )
+        for name, change in CHANGES.items()
+    },
 }
