@@ -68,8 +68,8 @@ def worst_of(result: AttackResult) -> dict[str, float]:
 
 def configured(case: Case, target: Target, seed: int, contender: Contender, **choices: object) -> UnlearnConfig:
     """Every choice of a run."""
-    sizes: dict[str, object] = dict.fromkeys(("forget_batch_size", "hessian_batch_size"), case.batch_size)
-    sizes["retain_batch_size"] = contender.retain_batches * case.batch_size
+    names = ("forget_batch_size", "retain_batch_size", "hessian_batch_size")
+    sizes: dict[str, object] = dict.fromkeys(names, case.batch_size)
     every: dict[str, Any] = {**target.shared, **sizes, **contender.choices, **choices}
     return UnlearnConfig(seed=seed, forget_target=target.probability, **every)
 

@@ -15,6 +15,7 @@ from benchmarks.forgetting import __main__ as all_cells
 from benchmarks.forgetting.cases import Case
 from benchmarks.forgetting.harness.contenders import (
     CONTENDERS,
+    DEFAULT,
     SHARE,
     anywhere,
     attention,
@@ -32,6 +33,7 @@ from benchmarks.forgetting.harness.tracing import EVERY, Trace
 from benchmarks.forgetting.lasting import attacked, best_rate, configured, file_of, lifted
 from torch_simu.layers import attention_projections, down_projections, neuron_weight
 from torch_simu.unlearning.attack.rows import split_rows
+from torch_simu.unlearning.config import UnlearnConfig, own_choices
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.scoring import score_answers
 
@@ -189,10 +191,10 @@ def test_a_tuned_cell_has_tries_and_no_pace_and_a_file_of_its_own(name: str) -> 
     assert file_of(name, "gpt2") == f"lasting_{name}_gpt2_cpu_202611.json"
 
 
-def test_what_is_rehearsed_beside_retain_rows_has_a_batch_for_each(case: Case) -> None:
-    contender = CONTENDERS["simu, rehearsed"]
-    config = configured(case, TARGETS["quick"], 0, contender)
-    assert (config.forget_batch_size, config.retain_batch_size) == (case.batch_size, 2 * case.batch_size)
+def test_the_contender_that_is_called_the_default_is_that_of_the_package(case: Case) -> None:
+    config = configured(case, TARGETS["tofu"], 0, CONTENDERS[DEFAULT], lr=TARGETS["tofu"].rates["shares"][0])
+    usual = own_choices("simu") | {"adversary_scope": UnlearnConfig().adversary_scope}
+    assert {name: getattr(config, name) for name in usual} == usual
 
 
 def test_what_near_rows_lift_is_what_teaching_forgotten_ones_lifts_where_they_are_the_same(case: Case) -> None:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from tests.unlearning.test_driver import FAST, _memorized, run
 from torch_simu.curvature import IGNORED
+from torch_simu.unlearning import driver
+from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.rehearsal.rehearse import rehearse
 from torch_simu.unlearning.rehearsal.words import common_ids, cut_behind, runs
+from torch_simu.unlearning.steps import StepBatches
 
 NUMBER = 12
 
@@ -111,7 +114,7 @@ def test_what_cannot_be_rehearsed_is_refused(options, wrong) -> None:
         rehearse(model, **{"retain": examples["retain"], "number": 1, **options})
 
 
-def test_a_run_keeps_what_it_wrote_also_when_it_is_resumed(tmp_path) -> None:
+def test_a_run_keeps_what_it_wrote_also_when_it_is_resumed(tmp_path, monkeypatch) -> None:
     model, examples = _memorized()
     config = FAST.updated(method="simu", lr=0.05, rehearsal=NUMBER, checkpoint_interval=3)
     told: list[tuple[str, int, int]] = []
@@ -122,6 +125,23 @@ def test_a_run_keeps_what_it_wrote_also_when_it_is_resumed(tmp_path) -> None:
     assert run(resumed, examples, config, checkpoint=tmp_path / "run").log == expected.log
     assert run(without, examples, config.updated(rehearsal=0)).log != expected.log
     written = rehearse(model, examples["retain"], NUMBER, forget=examples["forget"], batch_size=config.eval_batch_size)
-    kept = {**examples, "retain": [*examples["retain"], *written]}
-    assert run(by_hand, kept, config.updated(rehearsal=0)).log == expected.log
+    monkeypatch.setattr(driver, "rehearse", lambda *_, **__: written)
+    assert run(by_hand, examples, config).log == expected.log
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_has_as_many_rehearsed_rows_as_retain_rows(seed) -> None:
+    """By hand: each stream is drawn by itself, so that many rows of one do not crowd out the other."""
+    forget, retain, written = ([Example((5, 10 * kind + row), (-100, row)) for row in range(5)] for kind in range(3))
+    config = UnlearnConfig(seed=seed, forget_batch_size=2, retain_batch_size=3)
+    stream = StepBatches(forget, retain, config, 0, torch.device("cpu"), written)
+    assert len(stream.batch("forget", 7)["input_ids"]) == 2
+    found = [stream.batch("retain", step)["input_ids"][:, 1].tolist() for step in range(5)]
+    for start, kind in ((0, 1), (3, 2)):
+        drawn = [each for batch in found for each in batch[start : start + 3]]
+        # Five steps of three are each of the five rows three times.
+        assert sorted(drawn) == sorted(3 * [10 * kind + row for row in range(5)])
+    alone = StepBatches(forget, retain, config, 0, torch.device("cpu"))
+    kept = [alone.batch("retain", step)["input_ids"][:, 1].tolist() for step in range(5)]
+    assert kept == [each[:3] for each in found]

@@ -15,7 +15,7 @@ from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 
 _LARGEST_NORM = 1.0
-_SHARE = 0.2
+SHARE = 0.3
 """Of the loss, that a step of the automatic rate would take."""
 
 
@@ -46,9 +46,9 @@ class Adversary:
 
     Args:
         optimizer: The optimizer whose trained entries are copied; of a `SIMUOptimizer` the selected ones.
-        lr: Learning rate of the copy; "auto": that at which a step along the signs of its gradient $g$ would take a
-            fifth of the loss $L$, $L / (5 \lVert g \rVert_1)$, as Polyak's step size does it. It fits models of any
-            size, where one number fits few.
+        lr: Learning rate of the copy; "auto": that at which a step along the signs of its gradient $g$ would take
+            three tenths of the loss $L$, $0.3 L / \lVert g \rVert_1$, as Polyak's step size does it. It fits models of
+            any size, where one number fits few.
         interval: Steps after which it starts anew.
         model: Whose floating-point parameters are copied instead.
 
@@ -99,8 +99,9 @@ class Adversary:
                 entry.param.grad = None
         if self._lr == "auto":
             self._pace(found.detach())
-        torch.nn.utils.clip_grad_norm_(self._values.values(), _LARGEST_NORM)
-        self._steps.step()
+        if torch.nn.utils.clip_grad_norm_(self._values.values(), _LARGEST_NORM).isfinite():
+            # Else the copy would hold what is not finite; the run tells of its own gradients.
+            self._steps.step()
         self._steps.zero_grad()
 
     def _pace(self, loss: Tensor) -> None:
@@ -108,7 +109,7 @@ class Adversary:
         grads = [value.grad for value in self._values.values() if value.grad is not None]
         slope = torch.nn.utils.get_total_norm(grads, 1.0).item()
         for group in self._steps.param_groups:
-            group["lr"] = _SHARE * max(loss.item(), 0.0) / slope if slope > 0 else 0.0
+            group["lr"] = SHARE * max(loss.item(), 0.0) / slope if slope > 0 else 0.0
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -48,7 +48,10 @@ METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyTy
 _PUBLISHED: Mapping[str, object] = MappingProxyType(
     {
         "objective": "grad_diff",
+        "retain_term": "nll",
+        "rehearsal": 0,
         "balance": False,
+        "adversary_lr": 0.0,
         "curvature": "gnb",
         "covariance_of": "forget",
         "fraction": 0.1,
@@ -63,7 +66,10 @@ _PUBLISHED: Mapping[str, object] = MappingProxyType(
 _SIMU: Mapping[str, object] = MappingProxyType(
     {
         "objective": "probability",
+        "retain_term": "kl",
+        "rehearsal": 400,
         "balance": True,
+        "adversary_lr": "auto",
         "curvature": "both",
         "covariance_of": "both",
         "fraction": 1.0,
@@ -96,10 +102,11 @@ class UnlearnConfig:
         retain_weight: Weight of the retain loss.
         retain_term: "nll" for the objective's own, or "kl" for the divergence from the model before the first step on
             retain rows.
-        rehearsal: So many rows that the model writes itself join the retain set before the first step; see `rehearse`.
+        rehearsal: So many rows the model writes itself before the first step; as many of them as retain rows are kept
+            beside these in each step. See `rehearse`.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
         adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten, or "auto";
-            the forget gradient is taken there then. None: there is no adversary. See `Adversary`.
+            the forget gradient is taken there then. 0: there is no adversary. See `Adversary`.
         adversary_scope: Which weights that copy is of: "trained", or "all", which lasts longer and takes the memory of
             more models.
         adversary_interval: Steps after which that copy starts anew.
@@ -155,10 +162,10 @@ class UnlearnConfig:
     method: MethodName = "simu"
     objective: str = None  # type: ignore[assignment]
     retain_weight: float = RETAIN_WEIGHT
-    retain_term: Literal["nll", "kl"] = "nll"
-    rehearsal: int = 0
+    retain_term: Literal["nll", "kl"] = None  # type: ignore[assignment]
+    rehearsal: int = None  # type: ignore[assignment]
     balance: bool = None  # type: ignore[assignment]
-    adversary_lr: float | Literal["auto"] | None = None
+    adversary_lr: float | Literal["auto"] = None  # type: ignore[assignment]
     adversary_scope: Literal["trained", "all"] = "trained"
     adversary_interval: int = 20
     rule: Rule = "contrast"
@@ -214,7 +221,7 @@ class UnlearnConfig:
             check_number(name, getattr(self, name))
         check_number("clip", self.clip, low_open=True)
         check_number("damping", self.damping, low_open=True)
-        if self.adversary_lr is not None:
+        if self.adversary_lr != 0:
             check_rate("adversary_lr", self.adversary_lr)
         if self.whitened and not (self.second_order and self.trains_neurons):
             wrong = f"curvature is {self.curvature!r} for method {self.method!r}"

@@ -19,7 +19,6 @@ from torch_simu.attribution import Attribution
 from torch_simu.columns import Columns
 from torch_simu.neurons import NeuronSelection
 from torch_simu.optimizer import GradientBalance
-from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record, RunCheckpoint, fingerprint
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import evenly
@@ -33,7 +32,7 @@ from torch_simu.unlearning.pace import pace
 from torch_simu.unlearning.progress import Progress, steps_left
 from torch_simu.unlearning.refresh import Refresh
 from torch_simu.unlearning.rehearsal.rehearse import rehearse
-from torch_simu.unlearning.steps import StepBatches, Stepper, make_hooks, make_optimizer
+from torch_simu.unlearning.steps import StepBatches, Stepper, make_adversary, make_hooks, make_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +126,13 @@ def unlearn(
             selection, attribution = localize(
                 model, forget, retain, config, selection=selection, pad_id=pad_id, checkpoint=saved, progress=progress
             )
-            if config.rehearsal:
-                # Behind the attribution, which is of the rows that were given.
-                options = {"seed": config.seed, "batch_size": config.eval_batch_size, "pad_id": pad_id}
-                written = rehearse(model, retain, config.rehearsal, forget=forget, progress=progress, **options)
-                retain = [*retain, *written]
+            # Behind the attribution, which is of the rows that were given.
+            options = {"seed": config.seed, "batch_size": config.eval_batch_size, "pad_id": pad_id}
+            written = (
+                rehearse(model, retain, config.rehearsal, forget=forget, progress=progress, **options)
+                if config.rehearsal
+                else []
+            )
             params, optimizer = make_optimizer(model, selection, config)
             if objective is None:
                 # Before a checkpoint is loaded, and with what trains marked: some compare with the model as it is now.
@@ -142,19 +143,13 @@ def unlearn(
                     model=model,
                     refusals=refusals,
                 )
-            adversary = None
-            if config.adversary_lr is not None:
-                adversary = Adversary(
-                    optimizer,
-                    lr=config.adversary_lr,
-                    interval=config.adversary_interval,
-                    model=model if config.adversary_scope == "all" else None,
-                )
+            adversary = make_adversary(model, optimizer, config)
             columns = _trained_columns(optimizer)
             start = {name: _entries(param, columns, copy=True) for name, param in params.items()}
             log = [] if saved is None else saved.load(params, optimizer, adversary)
-            stream = StepBatches(forget, retain, config, pad_id, model.device)
-            refresh = Refresh(retain, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
+            stream = StepBatches(forget, retain, config, pad_id, model.device, written)
+            kept = [*retain, *written]
+            refresh = Refresh(kept, batch_size=config.hessian_batch_size, seed=config.seed, pad_id=pad_id)
             hooks = opened.enter_context(make_hooks(model, optimizer, config) or nullcontext())
             balance = GradientBalance(optimizer) if config.balance else None
             stepper = Stepper(model, optimizer, objective, stream, refresh, hooks, balance, adversary)

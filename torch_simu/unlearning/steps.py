@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch_simu.unlearning.adversary import Adversary
 from torch_simu.unlearning.checkpoint import Record
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.batches import Batches
-from torch_simu.unlearning.data.examples import Example
+from torch_simu.unlearning.data.examples import Example, collate
 from torch_simu.unlearning.differentiate import differentiate, retain_weight
 from torch_simu.unlearning.objectives import Objective, mean_answer_nll
 from torch_simu.unlearning.pace import FIRST_SHARE
@@ -37,23 +37,37 @@ class NonFiniteLossError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StepBatches:
-    """The batches of every step, each a pure function of the seed and the step."""
+    """The batches of every step, each a pure function of the seed and the step.
+
+    Args:
+        forget: Rows to forget.
+        retain: Rows to keep.
+        config: Whose seed and batch sizes count.
+        pad_id: The token id to pad with.
+        device: The model's.
+        rehearsed: Rows of which a step has as many as retain rows, beside these.
+    """
 
     forget: Sequence[Example]
     retain: Sequence[Example]
     config: UnlearnConfig
     pad_id: int
     device: torch.device
+    rehearsed: Sequence[Example] = ()
 
-    def batch(self, what: str, number: int) -> dict[str, Tensor]:
-        """Return the batch of a step (its `number`), on the model's device; `what` is "forget" or "retain"."""
-        config = self.config
-        examples, size, offset = {
-            "forget": (self.forget, config.forget_batch_size, 0),
-            "retain": (self.retain, config.retain_batch_size, 1),
-        }[what]
-        batches = Batches(examples, min(size, len(examples)), 3 * config.seed + offset, self.pad_id)
-        return {name: tensor.to(self.device) for name, tensor in batches.batch(number).items()}
+    def batch(self, what: Literal["forget", "retain"], number: int) -> dict[str, Tensor]:
+        """Return the batch of a step (its `number`), on the model's device."""
+        if what == "forget":
+            rows = self._drawn(self.forget, self.config.forget_batch_size, 0, number)
+        else:
+            size = self.config.retain_batch_size
+            rows = self._drawn(self.retain, size, 1, number) + self._drawn(self.rehearsed, size, 2, number)
+        return {name: tensor.to(self.device) for name, tensor in collate(rows, self.pad_id).items()}
+
+    def _drawn(self, examples: Sequence[Example], size: int, stream: int, number: int) -> list[Example]:
+        if not examples:
+            return []
+        return Batches(examples, min(size, len(examples)), 3 * self.config.seed + stream).rows(number)
 
 
 def make_optimizer(
@@ -114,6 +128,14 @@ def make_hooks(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConf
     They record inside `recording` only.
     """
     return covariance_hooks(model, optimizer, recording=False) if config.whitened else None
+
+
+def make_adversary(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConfig) -> Adversary | None:
+    """Return the adversary of `config`; None where its rate is zero."""
+    if not config.adversary_lr:
+        return None
+    everywhere = model if config.adversary_scope == "all" else None
+    return Adversary(optimizer, lr=config.adversary_lr, interval=config.adversary_interval, model=everywhere)
 
 
 @dataclass(frozen=True, slots=True)

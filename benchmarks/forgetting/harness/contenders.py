@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from torch_simu import NeuronSelection, attribute_neurons, whitening
 from torch_simu.attribution.attribution import Dual
 from torch_simu.layers import attention_projections, down_projections, is_neuron_layer, neuron_weight
+from torch_simu.unlearning import adversary
 from torch_simu.unlearning.data.batches import batches_in_order
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class Contender:
         unit: What its step size is one of.
         steps: Who takes the steps: `unlearn`, or a loop with SOUL's optimizer, with LoRA matrices, or RepSelect's.
         mask: The neurons that train, of a case and a seed; None: those of the configuration.
-        retain_batches: Batches of retain rows beside one of forget rows in a step.
         within: What a run of it is made in.
     """
 
@@ -41,7 +41,6 @@ class Contender:
     unit: Unit
     steps: Literal["unlearn", "soul", "low rank", "collapse"] = "unlearn"
     mask: Callable[[Case, int], NeuronSelection] | None = None
-    retain_batches: int = 1
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -93,6 +92,17 @@ def third_by_dual(dual: Dual) -> Callable[[Case, int], NeuronSelection]:
 
 
 @contextmanager
+def slower_adversary() -> Iterator[None]:
+    """An automatic rate that takes a fifth of the loss."""
+    share = adversary.SHARE
+    adversary.SHARE = 0.2
+    try:
+        yield
+    finally:
+        adversary.SHARE = share
+
+
+@contextmanager
 def damped_by_all() -> Iterator[None]:
     """Damping relative to the mean of all entries of a diagonal, the largest too."""
     mean = whitening.damping_scale
@@ -105,7 +115,8 @@ def damped_by_all() -> Iterator[None]:
 
 SHARE = 0.3
 BOUNDED = {"objective": "probability", "balance": True}
-STEP = {"method": "simu"}
+# By covariances of both sets alone, as the default had it before a rehearsal and an adversary were a part of it.
+STEP = {"method": "simu", "rehearsal": 0, "adversary_lr": 0}
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}
@@ -113,7 +124,6 @@ ADVERSARY = {"adversary_lr": "auto"}
 ALL = {"adversary_scope": "all"}
 # Covariances of the forget rows of a step, as the default had them before.
 ALONE = {"covariance_of": "forget"}
-# Twice the retain rows, so that as many of those that were there are in a step as without.
 REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
 DEFAULT = "simu"
@@ -127,16 +137,19 @@ CONTROLS = ("random columns of all layers", "attention only")
 """Masks with as many weights as the default's, or about as many, and its steps."""
 
 CONTENDERS: Mapping[str, Contender] = {
-    DEFAULT: Contender(choices=STEP, unit="shares"),
-    "simu with an adversary": Contender(choices={**STEP, **ADVERSARY}, unit="shares"),
-    "simu with an adversary of all weights": Contender(choices={**STEP, **ADVERSARY, **ALL}, unit="shares"),
-    "simu with an adversary of all weights at 1e-5": Contender(
+    DEFAULT: Contender(choices={**STEP, **REHEARSED, **ADVERSARY}, unit="shares"),
+    "simu, adversary of all weights": Contender(choices={**STEP, **REHEARSED, **ADVERSARY, **ALL}, unit="shares"),
+    "covariances of both sets": Contender(choices=STEP, unit="shares"),
+    "covariances of both sets, with an adversary": Contender(
+        choices={**STEP, **ADVERSARY}, unit="shares", within=slower_adversary
+    ),
+    "covariances of both sets, with an adversary of all weights": Contender(
+        choices={**STEP, **ADVERSARY, **ALL}, unit="shares", within=slower_adversary
+    ),
+    "covariances of both sets, with an adversary of all weights at 1e-5": Contender(
         choices={**STEP, "adversary_lr": 1e-5, **ALL}, unit="shares"
     ),
-    "simu, rehearsed, with an adversary": Contender(
-        choices={**STEP, **REHEARSED, **ADVERSARY, **ALL}, unit="shares", retain_batches=2
-    ),
-    "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", retain_batches=2),
+    "covariances of both sets, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares"),
     "covariances of the forget set": Contender(choices={**STEP, **ALONE}, unit="shares"),
     "covariances of the forget set, with an adversary": Contender(
         choices={**STEP, **ALONE, "adversary_lr": 3e-4}, unit="shares"
@@ -144,25 +157,19 @@ CONTENDERS: Mapping[str, Contender] = {
     "covariances of the forget set, with an adversary of all weights": Contender(
         choices={**STEP, **ALONE, "adversary_lr": 3e-4, **ALL}, unit="shares"
     ),
-    "covariances of the forget set, rehearsed": Contender(
-        choices={**STEP, **ALONE, **REHEARSED}, unit="shares", retain_batches=2
-    ),
+    "covariances of the forget set, rehearsed": Contender(choices={**STEP, **ALONE, **REHEARSED}, unit="shares"),
     "covariances of the forget set, damped by the mean of all": Contender(
         choices={**STEP, **ALONE}, unit="shares", within=damped_by_all
     ),
     **{
-        f"{name}, bounded, rehearsed": Contender(
-            choices={**step, **BOUNDED, **REHEARSED}, unit="weights", retain_batches=2
-        )
+        f"{name}, bounded, rehearsed": Contender(choices={**step, **BOUNDED, **REHEARSED}, unit="weights")
         for name, step in {"first order": FIRST, "second order": SECOND}.items()
     },
-    "random columns, rehearsed": Contender(
-        choices={**STEP, **REHEARSED}, unit="shares", mask=anywhere, retain_batches=2
-    ),
-    "simu, covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
+    "random columns, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", mask=anywhere),
+    "covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
     # So much damping leaves the plain gradient, at the same length.
-    "simu, trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),
-    "simu without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
+    "trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),
+    "without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
     "fo_graddiff": Contender(choices=FIRST, unit="weights"),
     "so_graddiff": Contender(choices=SECOND, unit="weights"),
     "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),

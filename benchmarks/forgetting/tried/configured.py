@@ -12,11 +12,20 @@ from benchmarks.forgetting.lasting import Row
 from benchmarks.forgetting.lasting import configured as config_of
 
 LR = 0.04
+CHOICES = {
+    "method": "simu",
+    "covariance_of": "forget",
+    "paced": False,
+    "lr": LR,
+    "rehearsal": 0,
+    "adversary_lr": 0,
+    "retain_term": "nll",
+}
 TARGET = tuned(TARGETS["demo"])
 
 
 def configured(case: Case, seed: int, **choices: object) -> tuple[PreTrainedModel, Row]:
     """The driver's run."""
-    choices = {"method": "simu", "covariance_of": "forget", "paced": False, "lr": LR, **choices}
+    choices = {**CHOICES, **choices}
     contender = Contender(choices=choices, unit="shares")
     return forgotten(case, contender, config_of(case, TARGET, seed, contender), traced=False)

@@ -66,9 +66,13 @@ class Batches:
             drawn += _permutation(count, self.seed, epoch)[max(start - begun, 0) : stop - begun]
         return drawn
 
+    def rows(self, step: int) -> list[Example]:
+        """Return the examples of batch `step`, counted from 0."""
+        return [self.examples[index] for index in self.indices(step)]
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return batch `step`, counted from 0, as `collate` does."""
-        return collate([self.examples[index] for index in self.indices(step)], self.pad_id)
+        return collate(self.rows(step), self.pad_id)
 
 
 def batches_in_order(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[dict[str, Tensor]]:

@@ -110,7 +110,9 @@ def _cost(name: str, recipe: DemoRecipe, fiction: Fiction) -> float:
     else:
         config = recipe.unlearning.updated(method=name, **recipe.tuned[name])
         monitored = (total - sizes["forget"]) / config.monitor_interval
-        step = config.forget_batch_size + config.retain_batch_size + _FORWARD * (sizes["forget"] + monitored)
+        forgotten = config.forget_batch_size * (2 if config.adversary_lr else 1)
+        kept = config.retain_batch_size * (2 if config.rehearsal else 1)
+        step = forgotten + kept + _FORWARD * (sizes["forget"] + monitored)
         making = _STEPS * config.max_steps * step * (_COVARIANCES if config.whitened else 1.0)
     attacking = 0.0
     if (attack := recipe.attack) is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_simu._checks import check_count, problem
+from torch_simu.bitsandbytes.packing import codes_as_loaded
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.data.fits import check_fits
@@ -58,7 +59,7 @@ def rehearse(
         Rows as `retain` has them, of at most the length that the row has whose prompt was taken.
 
     Raises:
-        ValueError: If there is no retain row, or a size is not positive.
+        ValueError: If there is no retain row, a size is not positive, or 4-bit codes were packed for inference.
         DataError: If a row does not fit into the model.
     """
     check_count("number", number)
@@ -74,7 +75,9 @@ def rehearse(
     written: list[Example] = []
     done = 0
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    # Codes that were packed for inference could not be trained beside afterwards.
+    with codes_as_loaded(model), generators, evaluating(model):
         torch.manual_seed(seed)
         for start in range(0, len(asked), batch_size):
             rows = asked[start : start + batch_size]
@@ -123,6 +126,8 @@ def _continued(
         top_k=0,
         top_p=1.0,
         pad_token_id=pad_id,
+        # What is not finite is told by the first step, with the loss.
+        remove_invalid_values=True,
         eos_token_id=sorted(end[0] for end in ends if len(end) == 1) or None,
     )
     generate = cast("Callable[..., Tensor]", model.generate)
