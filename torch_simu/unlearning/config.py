@@ -194,7 +194,7 @@ class UnlearnConfig:
     retain_batch_size: int = 16
     hessian_batch_size: int = 16
     eval_batch_size: int = 128
-    max_steps: int = 200
+    max_steps: int = 400
     forget_target: float | None = 0.1
     eval_interval: int = 1
     eval_rows: int = 100

@@ -115,8 +115,10 @@ def damped_by_all() -> Iterator[None]:
 
 SHARE = 0.3
 BOUNDED = {"objective": "probability", "balance": True}
-# By covariances of both sets alone, as the default had it before a rehearsal and an adversary were a part of it.
+# The default's steps alone, by covariances of both sets.
 STEP = {"method": "simu", "rehearsal": 0, "adversary_lr": 0}
+STEPS_ALONE = {**STEP, "retain_term": "nll"}
+"""The same where nothing else names a retain term."""
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}

@@ -5,22 +5,14 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case
-from benchmarks.forgetting.harness.contenders import Contender
+from benchmarks.forgetting.harness.contenders import STEPS_ALONE, Contender
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.targets import TARGETS, tuned
 from benchmarks.forgetting.lasting import Row
 from benchmarks.forgetting.lasting import configured as config_of
 
 LR = 0.04
-CHOICES = {
-    "method": "simu",
-    "covariance_of": "forget",
-    "paced": False,
-    "lr": LR,
-    "rehearsal": 0,
-    "adversary_lr": 0,
-    "retain_term": "nll",
-}
+CHOICES = {**STEPS_ALONE, "covariance_of": "forget", "paced": False, "lr": LR}
 TARGET = tuned(TARGETS["demo"])
 
 

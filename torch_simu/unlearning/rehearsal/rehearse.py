@@ -75,9 +75,9 @@ def rehearse(
     written: list[Example] = []
     done = 0
     device = next(model.parameters()).device
-    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    devices = [device] if device.type == "cuda" else []
     # Codes that were packed for inference could not be trained beside afterwards.
-    with codes_as_loaded(model), generators, evaluating(model):
+    with torch.random.fork_rng(devices), codes_as_loaded(model), evaluating(model):
         torch.manual_seed(seed)
         for start in range(0, len(asked), batch_size):
             rows = asked[start : start + batch_size]
