@@ -32,8 +32,6 @@ ALL: dict[str, Any] = {"adversary_lr": 3e-4, "adversary_scope": "all"}
 LESS: dict[str, Any] = {"adversary_lr": 1e-4, "adversary_scope": "all"}
 # Twice the retain batch, so that as many retain rows are in it as without.
 ANSWERS: dict[str, Any] = {"samples": 400, "writer": answers, "retain_term": "kl", "retain_batch_size": 48}
-# The same by the package's own writer, whose words are those of the rows.
-REHEARSAL: dict[str, Any] = {"rehearsal": 400, "retain_term": "kl"}
 
 BOTH = ("forget", "retain")
 # Covariances of both sets with an adversary, which every other change below it is made beside.
@@ -58,9 +56,18 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "retain weight 4": {"retain_weight": 4.0},
     "twice the retain rows": {"retain_batch_size": 48},
     "units": {"units": True},
-    "400 rows of its own rehearsed": REHEARSAL,
 }
 """What was changed of covariances of both sets with an adversary, beside it."""
+DEFAULT: dict[str, Any] = {**own_choices("simu"), "eval_interval": 2}
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "as it is": {},
+    "no adversary": {"adversary_lr": 0},
+    "no rehearsal": {"rehearsal": 0},
+    "retain term NLL": {"retain_term": "nll"},
+    "adversary of all weights": {"adversary_scope": "all"},
+    "800 rows of its own": {"rehearsal": 800},
+}
+"""What was changed of the default of now."""
 
 VARIANTS: Mapping[str, Variant] = {
     "covariances of the forget set": configured,
@@ -124,9 +131,6 @@ VARIANTS: Mapping[str, Variant] = {
     "adversary, all weights + 200 texts": partial(rehearsed, samples=200, **ALL),
     "adversary, all weights + 400 answers": partial(rehearsed, **ANSWERS, **ALL),
     "adversary, all weights + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **ALL, lr=0.02),
-    "adversary, all weights, 1e-4 + rehearsal=400 + half the step size": partial(
-        configured, **REHEARSAL, **LESS, lr=0.02
-    ),
     "adversary, all weights, 1e-4 + 400 answers": partial(rehearsed, **ANSWERS, **LESS),
     "adversary, all weights, 1e-4 + 400 answers + half the step size": partial(rehearsed, **ANSWERS, **LESS, lr=0.02),
     "adversary, all weights, 1e-4 + leading 30 % of the directions": partial(
@@ -138,5 +142,9 @@ VARIANTS: Mapping[str, Variant] = {
             configured, **{**LASTING, **change}
         )
         for name, change in CHANGES.items()
+    },
+    **{
+        f"default of now + {name}": partial(configured, **{**DEFAULT, **change})
+        for name, change in PARTS.items()
     },
 }
