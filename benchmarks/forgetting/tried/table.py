@@ -143,8 +143,5 @@ VARIANTS: Mapping[str, Variant] = {
         )
         for name, change in CHANGES.items()
     },
-    **{
-        f"default of now + {name}": partial(configured, **{**DEFAULT, **change})
-        for name, change in PARTS.items()
-    },
+    **{f"default of now + {name}": partial(configured, **{**DEFAULT, **change}) for name, change in PARTS.items()},
 }
