@@ -27,8 +27,7 @@ from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.attack.attack import attack_model
 
 Row = dict[str, Any]
-ADVERSE = "covariances of both sets, with an adversary of all weights"
-METHODS = (*UNCHANGED, DEFAULT, "covariances of both sets", ADVERSE, *RIVALS[:2], "simu_graddiff")
+METHODS = (*UNCHANGED, DEFAULT, "simu with an adversary of all weights", *RIVALS[:2], "simu_graddiff")
 
 
 def unlearned(case: Case, seed: int, name: str) -> PreTrainedModel:

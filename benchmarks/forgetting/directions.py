@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case, demo_case
-from benchmarks.forgetting.harness.contenders import STEPS_ALONE, Contender
+from benchmarks.forgetting.harness.contenders import Contender
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.targets import TARGETS, tuned
 from benchmarks.forgetting.lasting import configured
@@ -33,7 +33,7 @@ from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.objectives import mean_answer_nll
 
 METHODS: Mapping[str, Mapping[str, object]] = {
-    "simu": {**STEPS_ALONE, "paced": True},
+    "simu": {"method": "simu", "paced": True},
     "the same with Sophia's diagonal and clip": {
         "method": "all_neurons",
         "objective": "probability",

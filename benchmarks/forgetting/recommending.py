@@ -3,7 +3,7 @@
 Three small models of different families, sizes and seeds have memorized fictional people. A pilot of some minutes picks
 the choices of a run; that run and those of the grid (step size x share of neurons x retain term) then forget the whole
 set in copies of the model. Kept is the mean over rows of the probability beside what it was, of which more is no gain;
-world facts are in no batch of any run. All start from the default's steps alone, without its adversary and rehearsal.
+world facts are in no batch of any run.
 Usage: python -m benchmarks.forgetting.recommending --minutes 2
 """
 
@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from benchmarks.forgetting.cases import BATCH, Case
-from benchmarks.forgetting.harness.contenders import STEPS_ALONE
 from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.attribution.completeness import IncompleteError
 from torch_simu.unlearning.config import UnlearnConfig
@@ -130,7 +129,7 @@ def main() -> None:
     held = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "pilots": {}}
     rows: list[Row] = held["rows"]
     pilots: dict[str, list[Row]] = held["pilots"]
-    given = one_batch_size(UnlearnConfig(**STEPS_ALONE))
+    given = one_batch_size(UnlearnConfig())
     for name in MODELS:
         if sum(row["model"] == name for row in rows) == 1 + len(GRID):
             continue

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.forgetting.harness.contenders import STEPS_ALONE
 from benchmarks.job.phases import Phases
 from torch_simu import NeuronSelection, attribute_neurons
 from torch_simu.cli.loading import load_model
@@ -54,8 +53,7 @@ class Job:
     def config(self, **changes: object) -> UnlearnConfig:
         """The choices of a run that ends with its last step, not at a target."""
         sizes = {f"{name}_batch_size": self.batch_size for name in ("forget", "retain", "hessian")}
-        alone = STEPS_ALONE if changes.get("method", "simu") == "simu" else {}
-        return UnlearnConfig(**{**sizes, "max_steps": self.steps, "forget_target": 1e-3, **alone, **changes})
+        return UnlearnConfig(**{**sizes, "max_steps": self.steps, "forget_target": 1e-3, **changes})
 
     def loaded(self) -> PreTrainedModel:
         """The model in float32."""

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.forgetting.harness.contenders import STEPS_ALONE
 from benchmarks.planted.budgets import WAYS, scored
 from benchmarks.planted.column_scores import auc
 from benchmarks.planted.groups import KNOWN_BEFORE, Groups, GroupsRecipe, plant_groups, without_columns
@@ -43,12 +42,7 @@ OTHER = "group 2"
 FOUND_BY = ("midpoint 10", "one midpoint", "budget 2", "gradient x activation")
 """Of `WAYS`: integrated gradients with ten midpoints and with one, the estimate, and one step."""
 ERASING = UnlearnConfig(
-    **STEPS_ALONE,
-    forget_target=0.1,
-    max_steps=200,
-    forget_batch_size=24,
-    retain_batch_size=24,
-    hessian_batch_size=24,
+    forget_target=0.1, max_steps=200, forget_batch_size=24, retain_batch_size=24, hessian_batch_size=24
 )
 ATTACK = AttackConfig(rates=(2e-4, 5e-4, 1e-3), steps=40, interval=10, batch_size=8, eval_batch_size=128)
 """As the demo's rows are attacked elsewhere; a third of a group's facts are the attacker's."""

@@ -245,7 +245,8 @@ def attacks(rows: Sequence[Row]) -> Iterator[Part]:
             yield part(claim, after("simu", name), "at most", after("simu", "relearn"))
     rivals = [worst(name) for name in ("first order, all weights, bounded", "second order, all weights, bounded")]
     least = None if None in rivals else min(rivals)
-    for method, of in (("simu", "the default"), ("covariances of both sets", "covariances alone")):
+    for method in ("simu", "simu with an adversary of all weights"):
+        of = "the default" if method == "simu" else "the default with an adversary"
         claim = f"probability of {of} after its worst attack, beside"
         paper = worst("simu_graddiff")
         half, third = None if least is None else least / 2, None if paper is None else paper / 3

@@ -53,7 +53,7 @@ once = tell("after the first request")
 served = copy.deepcopy(model)
 unlearn(model, second, retain, config=UnlearnConfig(forget_target=0.1))
 alone = tell("after the second request, its own rows only")
-assert alone[0] > once[0]
+assert alone[0] > 1.3 * once[0]
 # --8<-- [end:alone]
 
 # --8<-- [start:together]

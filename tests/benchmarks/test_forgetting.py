@@ -193,7 +193,7 @@ def test_a_tuned_cell_has_tries_and_no_pace_and_a_file_of_its_own(name: str) -> 
 
 def test_the_contender_that_is_called_the_default_is_that_of_the_package(case: Case) -> None:
     config = configured(case, TARGETS["tofu"], 0, CONTENDERS[DEFAULT], lr=TARGETS["tofu"].rates["shares"][0])
-    usual = own_choices("simu") | {"adversary_scope": UnlearnConfig().adversary_scope}
+    usual = own_choices("simu") | {name: getattr(UnlearnConfig(), name) for name in ("adversary_lr", "rehearsal")}
     assert {name: getattr(config, name) for name in usual} == usual
 
 

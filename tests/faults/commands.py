@@ -40,7 +40,7 @@ _NUMBERS = {
     "retain-weight": ("-1", "nan", "inf", "two", ""),
     "rho": ("-1", "nan", "x"),
     "betas": ("0.9", "0.9,0.99,0.5", "1,0.9", "0.9,-1", "nan,0.9", "a,b", ""),
-    "adversary-lr": ("-1", "nan", "inf", "fast", "AUTO", "automatic", ""),
+    "adversary-lr": ("0", "-1", "nan", "inf", "fast", "AUTO", "automatic", ""),
     "adversary-scope": ("some", "", "ALL"),
     "adversary-interval": ("0", "1.5", "x"),
     "rehearsal": ("-1", "1.5", "x"),

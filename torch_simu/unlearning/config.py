@@ -48,10 +48,7 @@ METHODS: Mapping[str, tuple[Literal["first", "second"], Where]] = MappingProxyTy
 _PUBLISHED: Mapping[str, object] = MappingProxyType(
     {
         "objective": "grad_diff",
-        "retain_term": "nll",
-        "rehearsal": 0,
         "balance": False,
-        "adversary_lr": 0.0,
         "curvature": "gnb",
         "covariance_of": "forget",
         "fraction": 0.1,
@@ -66,10 +63,7 @@ _PUBLISHED: Mapping[str, object] = MappingProxyType(
 _SIMU: Mapping[str, object] = MappingProxyType(
     {
         "objective": "probability",
-        "retain_term": "kl",
-        "rehearsal": 400,
         "balance": True,
-        "adversary_lr": "auto",
         "curvature": "both",
         "covariance_of": "both",
         "fraction": 1.0,
@@ -106,7 +100,7 @@ class UnlearnConfig:
             beside these in each step. See `rehearse`.
         balance: Whether the forget gradient is brought to the norm of the retain gradient; see `GradientBalance`.
         adversary_lr: Learning rate of a copy of weights that relearns the forget set while it is forgotten, or "auto";
-            the forget gradient is taken there then. 0: there is no adversary. See `Adversary`.
+            the forget gradient is taken there then. None: there is no adversary. See `Adversary`.
         adversary_scope: Which weights that copy is of: "trained", or "all", which lasts longer and takes the memory of
             more models.
         adversary_interval: Steps after which that copy starts anew.
@@ -162,10 +156,10 @@ class UnlearnConfig:
     method: MethodName = "simu"
     objective: str = None  # type: ignore[assignment]
     retain_weight: float = RETAIN_WEIGHT
-    retain_term: Literal["nll", "kl"] = None  # type: ignore[assignment]
-    rehearsal: int = None  # type: ignore[assignment]
+    retain_term: Literal["nll", "kl"] = "nll"
+    rehearsal: int = 0
     balance: bool = None  # type: ignore[assignment]
-    adversary_lr: float | Literal["auto"] = None  # type: ignore[assignment]
+    adversary_lr: float | Literal["auto"] | None = None
     adversary_scope: Literal["trained", "all"] = "trained"
     adversary_interval: int = 20
     rule: Rule = "contrast"
@@ -194,7 +188,7 @@ class UnlearnConfig:
     retain_batch_size: int = 16
     hessian_batch_size: int = 16
     eval_batch_size: int = 128
-    max_steps: int = 400
+    max_steps: int = 200
     forget_target: float | None = 0.1
     eval_interval: int = 1
     eval_rows: int = 100
@@ -221,7 +215,7 @@ class UnlearnConfig:
             check_number(name, getattr(self, name))
         check_number("clip", self.clip, low_open=True)
         check_number("damping", self.damping, low_open=True)
-        if self.adversary_lr != 0:
+        if self.adversary_lr is not None:
             check_rate("adversary_lr", self.adversary_lr)
         if self.whitened and not (self.second_order and self.trains_neurons):
             wrong = f"curvature is {self.curvature!r} for method {self.method!r}"

@@ -131,8 +131,8 @@ def make_hooks(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConf
 
 
 def make_adversary(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConfig) -> Adversary | None:
-    """Return the adversary of `config`; None where its rate is zero."""
-    if not config.adversary_lr:
+    """Return the adversary of `config`; None where there is none."""
+    if config.adversary_lr is None:
         return None
     everywhere = model if config.adversary_scope == "all" else None
     return Adversary(optimizer, lr=config.adversary_lr, interval=config.adversary_interval, model=everywhere)

@@ -115,10 +115,7 @@ def damped_by_all() -> Iterator[None]:
 
 SHARE = 0.3
 BOUNDED = {"objective": "probability", "balance": True}
-# The default's steps alone, by covariances of both sets.
-STEP = {"method": "simu", "rehearsal": 0, "adversary_lr": 0}
-STEPS_ALONE = {**STEP, "retain_term": "nll"}
-"""The same where nothing else names a retain term."""
+STEP = {"method": "simu"}
 THIRD = {**STEP, "fraction": SHARE}
 FIRST = {"method": "fo_graddiff"}
 SECOND = {"method": "so_graddiff"}
@@ -129,6 +126,7 @@ ALONE = {"covariance_of": "forget"}
 REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
 DEFAULT = "simu"
+LASTING = "simu, rehearsed, with an adversary"
 RIVALS = (
     "first order, all weights, bounded",
     "second order, all weights, bounded",
@@ -139,19 +137,16 @@ CONTROLS = ("random columns of all layers", "attention only")
 """Masks with as many weights as the default's, or about as many, and its steps."""
 
 CONTENDERS: Mapping[str, Contender] = {
-    DEFAULT: Contender(choices={**STEP, **REHEARSED, **ADVERSARY}, unit="shares"),
-    "simu, adversary of all weights": Contender(choices={**STEP, **REHEARSED, **ADVERSARY, **ALL}, unit="shares"),
-    "covariances of both sets": Contender(choices=STEP, unit="shares"),
-    "covariances of both sets, with an adversary": Contender(
-        choices={**STEP, **ADVERSARY}, unit="shares", within=slower_adversary
-    ),
-    "covariances of both sets, with an adversary of all weights": Contender(
+    DEFAULT: Contender(choices=STEP, unit="shares"),
+    "simu with an adversary": Contender(choices={**STEP, **ADVERSARY}, unit="shares", within=slower_adversary),
+    "simu with an adversary of all weights": Contender(
         choices={**STEP, **ADVERSARY, **ALL}, unit="shares", within=slower_adversary
     ),
-    "covariances of both sets, with an adversary of all weights at 1e-5": Contender(
+    "simu with an adversary of all weights at 1e-5": Contender(
         choices={**STEP, "adversary_lr": 1e-5, **ALL}, unit="shares"
     ),
-    "covariances of both sets, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares"),
+    LASTING: Contender(choices={**STEP, **REHEARSED, **ADVERSARY}, unit="shares"),
+    "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares"),
     "covariances of the forget set": Contender(choices={**STEP, **ALONE}, unit="shares"),
     "covariances of the forget set, with an adversary": Contender(
         choices={**STEP, **ALONE, "adversary_lr": 3e-4}, unit="shares"
@@ -168,10 +163,10 @@ CONTENDERS: Mapping[str, Contender] = {
         for name, step in {"first order": FIRST, "second order": SECOND}.items()
     },
     "random columns, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares", mask=anywhere),
-    "covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
+    "simu, covariance of the neurons alone": Contender(choices={**STEP, "curvature": "neurons"}, unit="shares"),
     # So much damping leaves the plain gradient, at the same length.
-    "trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),
-    "without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
+    "simu, trust region alone": Contender(choices={**STEP, "damping": 1e6}, unit="shares"),
+    "simu without covariances": Contender(choices={**STEP, "curvature": "gnb"}, unit="columns"),
     "fo_graddiff": Contender(choices=FIRST, unit="weights"),
     "so_graddiff": Contender(choices=SECOND, unit="weights"),
     "simu_graddiff": Contender(choices={"method": "simu_graddiff"}, unit="columns"),

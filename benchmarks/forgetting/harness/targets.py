@@ -30,14 +30,7 @@ class Target(NamedTuple):
     attack: AttackConfig
 
 
-SHARED = {
-    "hessian_interval": 5,
-    "max_steps": 500,
-    "eval_interval": 2,
-    "max_completeness_error": None,
-    "paced": True,
-    "retain_term": "nll",
-}
+SHARED = {"hessian_interval": 5, "max_steps": 500, "eval_interval": 2, "max_completeness_error": None, "paced": True}
 FEW_ROWS = {**SHARED, "attribution_steps": 5, "attribution_rows": 60}
 # A whole pass through the pretrained model takes seconds.
 PLAIN = {**SHARED, "attribution_steps": 3, "attribution_rows": 30, "max_steps": 150, "retain_term": "kl"}

@@ -173,7 +173,7 @@ def test_a_run_with_an_adversary_is_resumed_to_the_same_bits(curvature, scope, r
     done = run(resumed, examples, config, checkpoint=tmp_path / "run")
     assert done.log == expected.log
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    run(plain, examples, config.updated(adversary_lr=0))
+    run(plain, examples, config.updated(adversary_lr=None))
     assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), plain.parameters(), strict=True))
 
 
@@ -184,14 +184,7 @@ def test_every_objective_forgets_and_is_resumed_to_the_same_bits(name, retain_te
     layers = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
     selection = NeuronSelection({layer: range(60) for layer in layers}, dict.fromkeys(layers, 64))
     config = FAST.updated(
-        method="simu",
-        paced=False,
-        objective=name,
-        retain_term=retain_term,
-        adversary_lr=0,
-        lr=0.3,
-        max_steps=12,
-        checkpoint_interval=5,
+        method="simu", paced=False, objective=name, retain_term=retain_term, lr=0.3, max_steps=12, checkpoint_interval=5
     )
     whole, killed, resumed = (copy.deepcopy(model) for _ in range(3))
     expected = run(whole, examples, config, selection=selection)

@@ -22,9 +22,7 @@ from torch_simu.unlearning.pilot.rows import pilot_rows
 from torch_simu.unlearning.pilot.words import one_batch_size
 from torch_simu.unlearning.steps import NonFiniteLossError
 
-EASY = one_batch_size(
-    UnlearnConfig(forget_target=0.5, rehearsal=8, attribution_steps=2, max_completeness_error=None), 8
-)
+EASY = one_batch_size(UnlearnConfig(forget_target=0.5, attribution_steps=2, max_completeness_error=None), 8)
 MOMENT = 1e-6
 """Minutes in which no more than the first step of a try can be made."""
 

@@ -44,7 +44,7 @@ def test_the_printed_command_runs_on_the_same_files_and_reaches_the_target(load_
     assert content("MODEL_DIR") == before and {path for path in Path().rglob("*")} == files
     text, words = printed(capsys)
     said = " ".join(text.split())
-    assert "as given" in said and "--retain-term nll" in said and "the best" in said
+    assert "as given" in said and "--retain-term kl" in said and "the best" in said
     assert "reaches a mean forget probability of" in said and "(target 0.4)" in said
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert words[:2] == ["torch-simu", "unlearn"]

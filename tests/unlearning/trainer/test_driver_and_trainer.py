@@ -49,15 +49,7 @@ def test_another_seed_of_the_refresh_makes_other_steps(tmp_path):
 
 
 SIMU = CONFIG.updated(
-    method="simu",
-    # What the Trainer has no part of.
-    rehearsal=0,
-    adversary_lr=0,
-    retain_term="nll",
-    paced=False,
-    lr=OPTIONS["lr"],
-    betas=OPTIONS["betas"],
-    hessian_interval=OPTIONS["hessian_interval"],
+    method="simu", paced=False, lr=OPTIONS["lr"], betas=OPTIONS["betas"], hessian_interval=OPTIONS["hessian_interval"]
 )
 
 

@@ -95,10 +95,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output folder.
 
 Method = Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")]
 Objective = Annotated[str | None, typer.Option(help=f"One of {', '.join(OBJECTIVES)}; the method's own.")]
-RetainTerm = Annotated[
-    str | None,
-    typer.Option(help="What keeps the retain rows: nll, or kl to the model as it was; the method's own."),
-]
+RetainTerm = Annotated[str, typer.Option(help="What keeps the retain rows: nll, or kl to the model as it was.")]
 Balance = Annotated[
     bool | None, typer.Option(help="Bring the forget gradient to the norm of the retain gradient; the method's own.")
 ]
@@ -113,15 +110,14 @@ CovarianceSets = Annotated[
     str | None, typer.Option(help="Which rows covariances are of: forget, or both sets; the method's own.")
 ]
 Rehearsal = Annotated[
-    int | None,
-    typer.Option(help="So many rows that the model writes itself, about random words, are kept; the method's own."),
+    int, typer.Option(help="So many rows that the model writes itself, about random words, are kept like retain rows.")
 ]
 AdversaryLr = Annotated[
     Rate | None,
     typer.Option(
         parser=read_rate,
         metavar="<float>|auto",
-        help="Forget at a copy that relearns at this rate, or one that fits the model; 0: none; the method's own.",
+        help="Forget at a copy that relearns at this rate, or at one that fits the model; slower, and lasts longer.",
     ),
 ]
 AdversaryScope = Annotated[
