@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.quantized import quantized
 from tests.unlearning.test_driver import FAST, _memorized, run
 from torch_simu.curvature import IGNORED
 from torch_simu.unlearning import driver
@@ -16,7 +18,7 @@ from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
 from torch_simu.unlearning.rehearsal.rehearse import rehearse
 from torch_simu.unlearning.rehearsal.words import common_ids, cut_behind, runs
-from torch_simu.unlearning.steps import StepBatches
+from torch_simu.unlearning.steps import NonFiniteLossError, StepBatches
 
 NUMBER = 12
 
@@ -145,3 +147,24 @@ def test_a_step_has_as_many_rehearsed_rows_as_retain_rows(seed) -> None:
     alone = StepBatches(forget, retain, config, 0, torch.device("cpu"))
     kept = [alone.batch("retain", step)["input_ids"][:, 1].tolist() for step in range(5)]
     assert kept == [each[:3] for each in found]
+
+
+def test_codes_of_four_bits_are_not_packed_by_a_rehearsal(monkeypatch) -> None:
+    """bitsandbytes packs them in the first pass without gradients, on some processors; none trains beside them then."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, examples = _memorized()
+    model = quantized(copy.deepcopy(model), "4bit").to(torch.bfloat16)
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = True
+    config = FAST.updated(method="simu", rehearsal=NUMBER, max_steps=2)
+    assert run(model, examples, config).steps == 2
+
+
+def test_a_model_that_predicts_nothing_finite_is_told_by_the_run() -> None:
+    model, examples = _memorized()
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteLossError, match="The loss of step 1 is nan"):
+        run(model, examples, FAST.updated(method="simu", rehearsal=NUMBER))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_its_steps_are_those_of_adamw_on_a_copy_that_starts_anew() -> None:
         with torch.no_grad():
             # The run goes on.
             param += 1
+
+
+@pytest.mark.parametrize("rate", [0.1, "auto"])
+def test_a_step_whose_gradient_is_not_finite_is_left_out(rate) -> None:
+    param = nn.Parameter(torch.tensor([3.0, -2.0]))
+    adversary, twin = (Adversary(torch.optim.SGD([param], lr=1.0), lr=rate) for _ in range(2))
+    for each in (adversary, twin):
+        each.relearn(0, lambda: param.square().sum())
+    adversary.relearn(1, lambda: (param * torch.tensor([math.inf, 1.0])).sum())
+    for each in (adversary, twin):
+        each.relearn(2, lambda: param.square().sum())
+    with adversary.in_place():
+        copied = param.detach().clone()
+        assert copied.isfinite().all()
+    with twin.in_place():
+        assert torch.equal(param.detach(), copied)
 
 
 def steps_take_three_tenths_of_the_loss(make, scale):
