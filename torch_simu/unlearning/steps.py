@@ -56,7 +56,7 @@ class StepBatches:
     rehearsed: Sequence[Example] = ()
 
     def batch(self, what: Literal["forget", "retain"], number: int) -> dict[str, Tensor]:
-        """Return the batch of a step (its `number`), on the model's device."""
+        """Return the batch of a step (its `number`), on the model's device; `what` is "forget" or "retain"."""
         if what == "forget":
             rows = self._drawn(self.forget, self.config.forget_batch_size, 0, number)
         else:
