@@ -131,7 +131,7 @@ def make_hooks(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConf
 
 
 def make_adversary(model: PreTrainedModel, optimizer: Optimizer, config: UnlearnConfig) -> Adversary | None:
-    """Return the adversary that `config` names, of what `optimizer` trains or of the whole `model`; None without one."""
+    """Return the adversary that `config` names, of what `optimizer` trains or of all of `model`, or None."""
     if config.adversary_lr is None:
         return None
     everywhere = model if config.adversary_scope == "all" else None
