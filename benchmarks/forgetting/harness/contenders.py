@@ -126,7 +126,6 @@ ALONE = {"covariance_of": "forget"}
 REHEARSED = {"rehearsal": 400, "retain_term": "kl"}
 
 DEFAULT = "simu"
-LASTING = "simu, rehearsed, with an adversary"
 RIVALS = (
     "first order, all weights, bounded",
     "second order, all weights, bounded",
@@ -145,7 +144,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "simu with an adversary of all weights at 1e-5": Contender(
         choices={**STEP, "adversary_lr": 1e-5, **ALL}, unit="shares"
     ),
-    LASTING: Contender(choices={**STEP, **REHEARSED, **ADVERSARY}, unit="shares"),
+    "simu, rehearsed, with an adversary": Contender(choices={**STEP, **REHEARSED, **ADVERSARY}, unit="shares"),
     "simu, rehearsed": Contender(choices={**STEP, **REHEARSED}, unit="shares"),
     "covariances of the forget set": Contender(choices={**STEP, **ALONE}, unit="shares"),
     "covariances of the forget set, with an adversary": Contender(
