@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from torch_simu._checks import check_choice, check_count, check_number, problem
+from torch_simu._checks import check_count, check_number, problem
 from torch_simu.layers.dtensors import is_dtensor
 from torch_simu.optimizer.entries import Entry, Selected, entries_of
 
@@ -30,10 +30,14 @@ def check_rate(name: str, rate: float | str) -> float | Literal["auto"]:
         ValueError: If it is another word, or not positive.
         TypeError: If it is neither word nor number.
     """
-    if isinstance(rate, str):
-        check_choice(name, rate, ("auto",))
+    if isinstance(rate, str) and rate == "auto":
         return "auto"
-    return check_number(name, rate, low_open=True)
+    if isinstance(rate, str):
+        raise ValueError(problem(f"{name} is {rate!r}", 'a number above 0 or "auto"'))
+    try:
+        return check_number(name, rate, low_open=True)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'{error} Or take "auto".') from None
 
 
 class Adversary:

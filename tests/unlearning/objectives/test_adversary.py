@@ -128,9 +128,10 @@ def test_an_automatic_rate_stands_still_where_there_is_nothing_to_learn() -> Non
 
 def test_a_rate_that_is_none_is_refused() -> None:
     for rate, kind, message in (
-        ("automatic", ValueError, "lr is 'automatic', expected one of 'auto'"),
-        (0.0, ValueError, "lr is 0.0"),
-        (True, TypeError, "lr is True"),
+        ("automatic", ValueError, "lr is 'automatic', expected a number above 0 or \"auto\""),
+        (0.0, ValueError, 'lr is 0.0, .* Or take "auto"'),
+        (float("nan"), ValueError, 'lr is nan, .* Or take "auto"'),
+        (True, TypeError, 'lr is True .* Or take "auto"'),
     ):
         with pytest.raises(kind, match=message):
             Adversary(torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0), lr=rate)
