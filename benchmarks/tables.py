@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from statistics import mean, median
 
 from benchmarks import scale
-from benchmarks.forgetting.harness.tables import kept_and_back, variants
+from benchmarks.forgetting.harness.contenders import CONTROLS, DEFAULT, MASKS, METHODS, OBJECTIVES, RIVALS
+from benchmarks.forgetting.harness.tables import kept_and_back, only, variants
 from benchmarks.forgetting.recommended import recommended
 from benchmarks.job.pages import jobs
 from benchmarks.optimizer.beside import beside
@@ -15,6 +16,7 @@ from benchmarks.planted import group_masks
 from benchmarks.planted.budgets import quality
 from benchmarks.pretrained.budgets import budgets
 from benchmarks.results import RESULTS
+from benchmarks.verdicts.forgetting import NEVER_UNLEARNED
 
 
 def loaded(name: str) -> dict:
@@ -50,6 +52,11 @@ def kept(name: str) -> Iterator[str]:
         if attacked:
             cells += [spread([row["attack"]["relearn"]["probability"] for row in ours])]
         yield f"| {method} | {' | '.join(cells)} |"
+
+
+def compared(methods: Collection[str]) -> Iterator[str]:
+    """What some methods keep on the demo's people and what comes back, on the seeds that all of them have."""
+    yield from kept_and_back(only(loaded("lasting_demo"), methods, shared=True))
 
 
 def steps(size: str, fraction: float, run: str = "optimizer_step") -> Iterator[str]:
@@ -274,7 +281,9 @@ TABLES = {
     "reliability": reliability,
     "scale_models": scale.models,
     "scale_memory": scale.memory,
-    "lasting_demo": lambda: kept_and_back(loaded("lasting_demo")),
+    "lasting_demo": lambda: kept_and_back(only(loaded("lasting_demo"), [*NEVER_UNLEARNED, *METHODS])),
+    "lasting_demo_masks": lambda: compared([DEFAULT, *CONTROLS, *MASKS]),
+    "lasting_demo_objectives": lambda: compared([DEFAULT, RIVALS[0], *OBJECTIVES]),
     "variants": lambda: variants(loaded("variants")),
     "lasting_tofu": lambda: kept_and_back(loaded("lasting_tofu")),
     "lasting_pretrained": lambda: kept_and_back(loaded("lasting_pretrained")),

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.forgetting.harness.contenders import CONTROLS, RIVALS
-from benchmarks.forgetting.harness.tables import differences, kept_and_back, measures
+from benchmarks.forgetting.harness.tables import differences, kept_and_back, measures, only
 from benchmarks.forgetting.harness.tracing import at_level, frontier
 from benchmarks.pages.cells import page
 from benchmarks.verdicts.claims import CLAIMS
@@ -151,6 +151,15 @@ def test_what_near_rows_lift_stands_beside_what_relearning_brings_back() -> None
     lines = list(kept_and_back({"rows": rows, "lr": {"simu": 0.04}}))
     assert lines[0].endswith("| relearned, prob. | near rows taught, prob. |")
     assert lines[2].endswith("| 0.200 \u00b1 0.010 | 0.125 \u00b1 0.000 |")
+
+
+def test_what_is_put_beside_each_other_is_of_the_same_seeds_where_asked() -> None:
+    rows = [{"seed": seed, "method": name} for name, last in (("a", 3), ("b", 2), ("c", 1)) for seed in range(last)]
+    result = {"seeds": [0, 1, 2], "rows": rows, "lr": {}}
+    whole, common = (only(result, ["b", "a", "d"], shared=shared)["rows"] for shared in (False, True))
+    assert whole == rows[:5]
+    assert common == [row for row in whole if row["seed"] < 2]
+    assert only(result, ["d"], shared=True)["rows"] == []
 
 
 def test_the_page_of_the_cells_is_what_their_rows_give() -> None:

@@ -135,7 +135,30 @@ RIVALS = (
 CONTROLS = ("random columns of all layers", "attention only")
 """Masks with as many weights as the default's, or about as many, and its steps."""
 
-CONTENDERS: Mapping[str, Contender] = {
+MASKS: Mapping[str, Contender] = {
+    "every layer": Contender(choices=STEP, unit="shares", mask=everywhere),
+    "30 % of the neurons, by contrast": Contender(choices=THIRD, unit="shares"),
+    "30 % of the neurons, by forget score": Contender(choices={**THIRD, "rule": "top"}, unit="shares"),
+    "30 % of the neurons, by forget score, none that are dual": Contender(
+        choices=STEP, unit="shares", mask=third_by_dual("drop")
+    ),
+    "30 % of the neurons, by forget score, dual ones alone": Contender(
+        choices=STEP, unit="shares", mask=third_by_dual("isolate")
+    ),
+    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
+    "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
+}
+"""The default's steps on other weights than its own, of any number."""
+OBJECTIVES: Mapping[str, Contender] = {
+    "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
+    **{
+        f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")
+        for name in ("NPO", "SimNPO", "IDK", "DPO", "WGA", "SatImp", "CEU", "UNDIAL", "JensUn", "RMU", "EUL", "ICU")
+    },
+}
+"""First order with other objectives, as published, and the default's objective on low-rank matrices."""
+
+METHODS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),
     "simu with an adversary": Contender(choices={**STEP, **ADVERSARY}, unit="shares", within=slower_adversary),
     "simu with an adversary of all weights": Contender(
@@ -179,18 +202,9 @@ CONTENDERS: Mapping[str, Contender] = {
     "diagonal, critical neurons, bounded": Contender(choices={"method": "simu_graddiff", **BOUNDED}, unit="columns"),
     CONTROLS[0]: Contender(choices=STEP, unit="shares", mask=anywhere),
     CONTROLS[1]: Contender(choices=STEP, unit="shares", mask=attention),
-    "every layer": Contender(choices=STEP, unit="shares", mask=everywhere),
-    "30 % of the neurons, by contrast": Contender(choices=THIRD, unit="shares"),
-    "30 % of the neurons, by forget score": Contender(choices={**THIRD, "rule": "top"}, unit="shares"),
-    "the same without dual neurons": Contender(choices=STEP, unit="shares", mask=third_by_dual("drop")),
-    "the dual neurons of these alone": Contender(choices=STEP, unit="shares", mask=third_by_dual("isolate")),
-    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
-    "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
     "RepSelect": Contender(choices=FIRST, unit="shares", steps="collapse"),
-    "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
-    **{
-        f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")
-        for name in ("NPO", "SimNPO", "IDK", "DPO", "WGA", "SatImp", "CEU", "UNDIAL", "JensUn", "RMU", "EUL", "ICU")
-    },
 }
+"""The default, its variants, the published steps and the controls that it is held to."""
+
+CONTENDERS: Mapping[str, Contender] = {**METHODS, **MASKS, **OBJECTIVES}
 """Name -> contender."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.forgetting.harness.tables import by_method
-from benchmarks.verdicts.forgetting import compares, in_all, kept_by, relearned
+from benchmarks.forgetting.harness.contenders import METHODS
+from benchmarks.forgetting.harness.tables import by_method, only
+from benchmarks.verdicts.forgetting import NEVER_UNLEARNED, compares, in_all, kept_by, relearned
 from benchmarks.verdicts.paired import Interval, Value, interval
 from benchmarks.verdicts.parts import Row
 from torch_simu.unlearning.report.style import looks, new_figure, save_figure, styled
@@ -56,8 +57,8 @@ def cell(axes: Axes, name: str, result: dict[str, Any], drawn: dict[str, tuple[s
 def draw_cells(paths: Sequence[Path], image: Path) -> None:
     """Write the picture of the cells in result files."""
     results = {
-        " ".join(path.stem.removeprefix("lasting_").removesuffix("_cpu_202611").split("_")): json.loads(
-            path.read_text()
+        " ".join(path.stem.removeprefix("lasting_").removesuffix("_cpu_202611").split("_")): only(
+            json.loads(path.read_text()), [*NEVER_UNLEARNED, *METHODS]
         )
         for path in paths
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -52,6 +52,14 @@ def by_method(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Each method with its rows, in the order of the file."""
     for method in dict.fromkeys(row["method"] for row in rows):
         yield method, [row for row in rows if row["method"] == method]
+
+
+def only(result: Mapping[str, Any], methods: Collection[str], *, shared: bool = False) -> dict[str, Any]:
+    """A result with the rows of some methods, where asked on the seeds alone that each of these has."""
+    rows = [row for row in result["rows"] if row["method"] in methods]
+    seeds = [{row["seed"] for row in ours} for _, ours in by_method(rows)]
+    common = set.intersection(*seeds) if shared and seeds else set(result["seeds"])
+    return {**result, "rows": [row for row in rows if row["seed"] in common]}
 
 
 def kept_and_back(result: Mapping[str, Any]) -> Iterator[str]:
