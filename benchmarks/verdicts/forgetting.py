@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from benchmarks.forgetting.harness.contenders import CONTROLS, DEFAULT, RIVALS
+from benchmarks.forgetting.harness.tracing import divergence_of
 from benchmarks.verdicts.paired import Value, at_most, difference, more, not_less
 from benchmarks.verdicts.parts import Part, Row, part
 from torch_simu.unlearning.demo.demo import DemoRecipe
@@ -116,7 +117,7 @@ def divergence(row: Row) -> float | None:
     """How far the predictions of what is to be kept are from those of the model as it was, over the sets; nats."""
     if not compares(row) or not row.get("trace"):
         return None
-    return mean(value["kl"] for value in row["trace"][-1].values() if isinstance(value, dict))
+    return divergence_of(row["trace"][-1])
 
 
 def relearned(row: Row) -> float | None:

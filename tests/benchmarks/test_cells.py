@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.forgetting.harness.contenders import CONTROLS, RIVALS
-from benchmarks.forgetting.harness.tables import differences, kept_and_back, measures, only
-from benchmarks.forgetting.harness.tracing import at_level, frontier
+from benchmarks.forgetting.harness.tables import at_equal_divergence, differences, kept_and_back, measures, only
+from benchmarks.forgetting.harness.tracing import at_budget, at_level, frontier
 from benchmarks.pages.cells import page
 from benchmarks.verdicts.claims import CLAIMS
 from benchmarks.verdicts.paired import difference, interval
@@ -132,6 +132,27 @@ def test_a_frontier_begins_where_the_model_was() -> None:
     ]
     # A model that knew the set at 0.4 was never at 0.5; halfway down to 0.1 in ratio it is at 0.2.
     assert frontier(trace, 0.4) == pytest.approx((0.8 + 0.6 + 0.4) / 3)
+
+
+def test_a_budget_is_spent_between_two_points() -> None:
+    trace = [{"forget": 0.4, "retain": {"kl": 0.1}, "world": {"kl": 0.3}}, {"forget": 0.1, "retain": {"kl": 0.6}}]
+    assert at_budget(trace, 1.0, 0.2) == pytest.approx(0.4)
+    # Halfway from 0.2 to 0.6 nats, and halfway from the start to 0.2.
+    assert at_budget(trace, 1.0, 0.4) == pytest.approx((0.4 * 0.1) ** 0.5)
+    assert at_budget(trace, 1.0, 0.1) == pytest.approx(0.4**0.5)
+    assert at_budget(trace, 1.0, 0.7) == pytest.approx(0.1)
+    assert at_budget([], 1.0, 0.1) is None
+
+
+def test_at_equal_divergence_both_have_moved_as_far_as_the_one_that_moved_less() -> None:
+    def row(method: str, seed: int, *points: tuple[float, float]) -> dict:
+        return {"method": method, "seed": seed, "trace": [{"forget": p, "retain": {"kl": kl}} for p, kl in points]}
+
+    ours = [row("simu", 0, (0.25, 0.1), (0.05, 0.2)), row("simu", 1, (0.04, 0.1)), row("simu", 2, (0.04, 0.1))]
+    theirs = [row("other", 0, (0.09, 0.1)), row("other", 1, (0.16, 0.1), (0.05, 0.2))]
+    value = at_equal_divergence([*ours, *theirs], "other")
+    assert [value(each) for each in ours] == pytest.approx([0.25, 0.04, None])
+    assert [value(each) for each in theirs] == pytest.approx([0.09, 0.16])
 
 
 def test_a_column_that_no_row_fills_is_left_out() -> None:

@@ -150,13 +150,15 @@ MASKS: Mapping[str, Contender] = {
 }
 """The default's steps on other weights than its own, of any number."""
 OBJECTIVES: Mapping[str, Contender] = {
+    "simu, not balanced": Contender(choices={**STEP, "balance": False}, unit="shares"),
+    "simu, not bounded": Contender(choices={**STEP, "objective": "grad_diff"}, unit="shares"),
     "LoRA, bounded": Contender(choices={**FIRST, **BOUNDED}, unit="low rank", steps="low rank"),
     **{
         f"{name}, all weights": Contender(choices={**FIRST, "objective": name.lower()}, unit="weights")
         for name in ("NPO", "SimNPO", "IDK", "DPO", "WGA", "SatImp", "CEU", "UNDIAL", "JensUn", "RMU", "EUL", "ICU")
     },
 }
-"""First order with other objectives, as published, and the default's objective on low-rank matrices."""
+"""The default without a part of its objective, this on low-rank matrices, and others by first order, as published."""
 
 METHODS: Mapping[str, Contender] = {
     DEFAULT: Contender(choices=STEP, unit="shares"),

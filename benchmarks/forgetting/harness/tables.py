@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.forgetting.harness.contenders import DEFAULT
-from benchmarks.forgetting.harness.tracing import frontier
+from benchmarks.forgetting.harness.tracing import at_budget, frontier
 from benchmarks.verdicts.forgetting import NEVER_UNLEARNED, compares, divergence, in_all, kept_by, relearned
 from benchmarks.verdicts.paired import Interval, Value, difference, interval
 from benchmarks.verdicts.parts import Row
@@ -104,9 +104,34 @@ def told_by(attack: str) -> Value:
     return lambda row: row["attacks_on_membership"].get(attack) if "attacks_on_membership" in row else None
 
 
+def starts(rows: Sequence[Row]) -> Mapping[int, float]:
+    """Seed -> the forget probability of its model before anything was forgotten."""
+    return {row["seed"]: row["forget"]["probability"] for row in rows if row["method"] == "before"}
+
+
+def at_equal_divergence(rows: Sequence[Row], other: str) -> Value:
+    """The forget probability of a row where it has moved what is to be kept as far as the default and another both did.
+
+    On each seed that is as far as the one of the two that moved it less.
+    """
+    start = starts(rows)
+    moved: dict[int, list[float | None]] = {}
+    for row in rows:
+        if row["method"] in (DEFAULT, other):
+            moved.setdefault(row["seed"], []).append(divergence(row))
+
+    def forgotten(row: Row) -> float | None:
+        ends = moved[row["seed"]]
+        if len(ends) < 2 or None in ends:
+            return None
+        return at_budget(row["trace"], start.get(row["seed"], 1.0), min(end for end in ends if end is not None))
+
+    return forgotten
+
+
 def frontiers(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     """The frontier of a row, from where the model of its seed was before."""
-    start = {row["seed"]: row["forget"]["probability"] for row in rows if row["method"] == "before"}
+    start = starts(rows)
     return lambda row: frontier(row["trace"], start.get(row["seed"], 1.0)) if "trace" in row else None
 
 
@@ -135,15 +160,26 @@ def differences(result: Mapping[str, Any]) -> Iterator[str]:
     """What the default has more than each other method on the same seeds, with 95 % intervals."""
     rows = result["rows"]
     sets = kept_by(rows)
-    columns: dict[str, Value] = {
+    columns: dict[str, Value | None] = {
         **{f"{name}, {measure}": of_set(name, measure) for name, measure in sets},
         "all of them": in_all(sets),
         "frontier": frontiers(rows),
         "KL to the start": divergence,
+        # Of each pair its own.
+        "forget prob. at equal KL": None,
         "relearned, prob.": relearned,
     }
     others = [name for name, _ in by_method(rows) if name not in (*NEVER_UNLEARNED, DEFAULT)]
-    lines = ([name, *(shown(difference(rows, DEFAULT, name, value)) for value in columns.values())] for name in others)
+    lines = (
+        [
+            name,
+            *(
+                shown(difference(rows, DEFAULT, name, value or at_equal_divergence(rows, name)))
+                for value in columns.values()
+            ),
+        ]
+        for name in others
+    )
     yield from table([f"{DEFAULT} less", *columns], lines)
 
 

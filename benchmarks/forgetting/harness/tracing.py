@@ -105,3 +105,27 @@ def at_level(points: Sequence[tuple[float, float]], level: float) -> float | Non
             share = ((span[0] - span[2]) / (span[0] - span[1])).item() if before > after else 1.0
             return old + share * (new - old)
     return None
+
+
+def at_budget(trace: Sequence[Mapping[str, Any]], start: float, budget: float) -> float | None:
+    """The forget probability when what is to be kept has moved by a budget for the first time.
+
+    It is that of the end where a run stays below the budget, and None without points. Between two points its logarithm
+    is interpolated over the divergence.
+
+    Args:
+        trace: The points of the run.
+        start: The forget probability before the first step.
+        budget: Mean divergence over the sets, in nats a token.
+    """
+    points = [(0.0, start), *((divergence_of(point), point["forget"]) for point in trace)]
+    for (spent, before), (now, after) in pairwise(points):
+        if spent < budget <= now:
+            share = (budget - spent) / (now - spent)
+            return before ** (1.0 - share) * after**share
+    return points[-1][1] if trace else None
+
+
+def divergence_of(point: Mapping[str, Any]) -> float:
+    """How far the predictions of what is to be kept are from those of the model as it was, over the sets; nats."""
+    return mean(point[name]["kl"] for name in KEPT if name in point)
