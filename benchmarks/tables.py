@@ -287,6 +287,6 @@ TABLES = {
     "variants": lambda: variants(loaded("variants")),
     "lasting_tofu": lambda: kept_and_back(loaded("lasting_tofu")),
     "lasting_pretrained": lambda: kept_and_back(loaded("lasting_pretrained")),
-    "recommending": lambda: recommended(loaded("recommending")["rows"], default="--max-steps 500"),
+    "recommending": lambda: recommended(loaded("recommending")["rows"]),
 }
 """Name in the pages, behind `<!-- table: NAME -->` and an empty line -> its lines."""

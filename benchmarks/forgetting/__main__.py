@@ -1,9 +1,11 @@
 """All cells of the harness, one after the other: every target in every architecture, every contender, every seed.
 
 What a result file holds is not run again, so that this goes on where it was stopped. A row takes a minute or two of one
-core, all of them days: name cells, contenders or seeds to do a part.
+core, ten to twenty on the pretrained model: what the claim needs takes hours of two cores, all contenders of all cells
+take days. Name cells, contenders or seeds to do a part; on a GPU, name it, and a folder for its results.
 Usage: python -m benchmarks.forgetting --data data --work lasting
        python -m benchmarks.forgetting --data data --work lasting --cells lume tofu_gpt2 --seeds 0 1
+       python -m benchmarks.forgetting --data data --work lasting --device cuda --out results
        python -m benchmarks.forgetting --quick --out results
 """
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the models")
     parser.add_argument("--quick", action="store_true", help="one seed of a tiny model of each architecture: a check")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where the models are: cpu, cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result files")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -53,7 +56,8 @@ def main() -> None:
     for contenders in [options.contenders] if options.contenders else [CLAIMED] if options.quick else [CLAIMED, rest]:
         for name, (target, shape, seeds) in cells.items():
             sys.stderr.write(f"{name}\n")
-            cell = Cell(target, shape, options.data, options.work, options.out / file_of(target, shape))
+            out = options.out / file_of(target, shape)
+            cell = Cell(target, shape, options.data, options.work, out, device=options.device)
             cell.run(contenders, options.seeds or seeds)
 
 

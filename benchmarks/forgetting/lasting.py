@@ -100,12 +100,22 @@ class Cell:
         work: Folder for the models.
         out: The file.
         tries: Whether fixed step sizes are tried.
+        device: Where the models are.
     """
 
     def __init__(
-        self, target: str, shape: str, data: Path | None, work: Path | None, out: Path, *, tries: bool = False
+        self,
+        target: str,
+        shape: str,
+        data: Path | None,
+        work: Path | None,
+        out: Path,
+        *,
+        tries: bool = False,
+        device: str = "cpu",
     ) -> None:
         self._name, self._shape, self._data, self._work, self._out = target, shape, data, work, out
+        self._device = torch.device(device)
         self._target = tuned(TARGETS[target]) if tries else TARGETS[target]
         self._result = json.loads(out.read_text()) if out.exists() else {"rows": [], "tries": {}, "lr": {}}
 
@@ -128,7 +138,11 @@ class Cell:
                 sys.stderr.write(f"{json.dumps(row)} {time.perf_counter() - started:.0f} s\n")
 
     def _case(self, seed: int) -> Case:
-        return case_of(self._name, self._shape, seed, self._data, self._work)
+        case = case_of(self._name, self._shape, seed, self._data, self._work)
+        for model in (case.model, case.retrained):
+            if model is not None:
+                model.to(self._device)
+        return case
 
     def _row(self, case: Case, seed: int, name: str) -> Row:
         row: Row = {"seed": seed, "method": name}
@@ -174,6 +188,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with tofu and lume, the rows of the two")
     parser.add_argument("--work", type=Path, help="folder for the models")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where the models are: cpu, cuda")
     parser.add_argument("--out", type=Path, help="result file; what it holds is not run again")
     options = parser.parse_args()
     if options.shape != "llama" and options.target not in SHAPED:
@@ -182,7 +197,9 @@ def main() -> None:
         parser.error(f"--tuned is for {', '.join(TUNABLE)}")
     torch.set_num_threads(options.threads)
     out = options.out or RESULTS / file_of(options.target, options.shape, tries=options.tuned)
-    cell = Cell(options.target, options.shape, options.data, options.work, out, tries=options.tuned)
+    cell = Cell(
+        options.target, options.shape, options.data, options.work, out, tries=options.tuned, device=options.device
+    )
     cell.run(options.contenders, options.seeds)
 
 

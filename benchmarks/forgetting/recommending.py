@@ -2,8 +2,9 @@
 
 Three small models of different families, sizes and seeds have memorized fictional people. A pilot of some minutes picks
 the choices of a run; that run and those of the grid (step size x share of neurons x retain term) then forget the whole
-set in copies of the model. Kept is the mean over rows of the probability beside what it was, of which more is no gain;
-world facts are in no batch of any run.
+set in copies of the model. A run of the grid has as many steps as the longest recommended one, and is made also where
+the scores of a layer explain little of what its neurons do. Kept is the mean over rows of the probability beside what
+it was, of which more is no gain; world facts are in no batch of any run.
 Usage: python -m benchmarks.forgetting.recommending --minutes 2
 """
 
@@ -32,7 +33,6 @@ from transformers import (
 
 from benchmarks.forgetting.cases import BATCH, Case
 from benchmarks.results import RESULTS, command, environment, write_result
-from torch_simu.attribution.completeness import IncompleteError
 from torch_simu.unlearning.config import UnlearnConfig
 from torch_simu.unlearning.demo.demo import DemoRecipe, make_fiction
 from torch_simu.unlearning.demo.memorize import TrainConfig, memorize
@@ -89,12 +89,9 @@ def case_of(name: str) -> Case:
 
 
 def run(case: Case, config: UnlearnConfig) -> Row:
-    """What a copy of the model that forgot the whole set has kept, and how it went; or why it does not begin."""
+    """What a copy of the model that forgot the whole set has kept, and how it went."""
     model = copy.deepcopy(case.model)
-    try:
-        done = unlearn(model, case.sets["forget"], case.sets["retain"], config=config)
-    except IncompleteError as error:
-        return {"reached": False, "refused": str(error)}
+    done = unlearn(model, case.sets["forget"], case.sets["retain"], config=config)
     found = {name: score_answers(model, rows, batch_size=BATCH)["probability"] for name, rows in case.sets.items()}
     kept = {name: kept_share(found[name], case.known[name]) for name in ("retain", "world")}
     probability = sum(found["forget"]) / len(found["forget"])
@@ -116,7 +113,7 @@ def shown(each: Try) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, help="of each pilot")
-    parser.add_argument("--most-steps", type=int, default=500, help="of a run of the grid")
+    parser.add_argument("--most-steps", type=int, default=3000, help="of a run of the grid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--out",
@@ -134,14 +131,17 @@ def main() -> None:
         if sum(row["model"] == name for row in rows) == 1 + len(GRID):
             continue
         case = case_of(name)
-        runs = [("grid", given.updated(max_steps=options.most_steps, **choices)) for choices in GRID]
+        always = {"max_steps": options.most_steps, "max_completeness_error": None}
+        runs = [
+            ("grid", as_changed(given.updated(**choices), given), given.updated(**always, **choices))
+            for choices in GRID
+        ]
         if name not in pilots:
             sets = (case.sets["forget"], case.sets["retain"])
             found = recommend(case.model, *sets, minutes=options.minutes, config=given)
             pilots[name] = [shown(each) for each in found.tries]
-            runs.insert(0, ("recommended", found.config))
-        for kind, config in runs:
-            changes = as_changed(config, given)
+            runs.insert(0, ("recommended", as_changed(found.config, given), found.config))
+        for kind, changes, config in runs:
             if any((row["model"], row["run"], row["changes"]) == (name, kind, changes) for row in rows):
                 continue
             row = {"model": name, "run": kind, "changes": changes, **run(case, config)}

@@ -47,7 +47,10 @@ def collapsing(model: PreTrainedModel, case: Case, config: UnlearnConfig) -> tup
     so that a step size is a share of their norm.
     """
     weights = mlp_weights(model)
-    batches = list(batches_in_order(case.sets["forget"], case.batch_size))
+    batches = [
+        {name: part.to(model.device) for name, part in batch.items()}
+        for batch in batches_in_order(case.sets["forget"], case.batch_size)
+    ]
     with low_rank(model, rank=RANK, seed=config.seed) as matrices:
         lesson = SGD(matrices, lr=LESSON)
         for batch in batches:
