@@ -220,13 +220,16 @@ def test_a_model_that_was_taught_is_read_from_its_folder(tmp_path: Path, case: C
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    out = tmp_path / file_of("quick", shape)
+
     def run(*more: str) -> dict:
         words = ["forgetting", "--quick", "--out", str(tmp_path), "--contenders", "first order, all weights, bounded"]
         monkeypatch.setattr(sys, "argv", [*words, *more])
-        monkeypatch.setattr(all_cells, "SHAPES", ("llama",))
+        monkeypatch.setattr(all_cells, "SHAPES", (shape,))
         all_cells.main()
-        return json.loads((tmp_path / "lasting_quick_cpu_202611.json").read_text())
+        return json.loads(out.read_text())
 
     first = run("simu")
     assert [row["method"] for row in first["rows"]] == [
@@ -239,7 +242,7 @@ def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
     # A row of an older file, with few measures, stays as it is.
     first["rows"][-1] = {"seed": 0, "method": "simu", "forget": {"probability": 0.25}, "back": {"probability": 0.5}}
     del first["rows"][2]
-    (tmp_path / "lasting_quick_cpu_202611.json").write_text(json.dumps(first))
+    out.write_text(json.dumps(first))
     again = run("simu")
     assert [row["method"] for row in again["rows"]] == [
         "before",
