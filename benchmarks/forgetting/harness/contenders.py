@@ -55,6 +55,11 @@ def attention(case: Case, seed: int) -> NeuronSelection:
     return NeuronSelection.full(case.model, list(attention_projections(case.model)))
 
 
+def with_attention(case: Case, seed: int) -> NeuronSelection:
+    """All input features of the attention projections, and all neurons."""
+    return NeuronSelection.full(case.model, [*down_projections(case.model), *attention_projections(case.model)])
+
+
 def everywhere(case: Case, seed: int) -> NeuronSelection:
     """All input features of all linear layers."""
     return NeuronSelection.full(case.model, linear_layers(case.model))
@@ -137,6 +142,7 @@ CONTROLS = ("random columns of all layers", "attention only")
 
 MASKS: Mapping[str, Contender] = {
     "every layer": Contender(choices=STEP, unit="shares", mask=everywhere),
+    "down projections and attention": Contender(choices=STEP, unit="shares", mask=with_attention),
     "30 % of the neurons, by contrast": Contender(choices=THIRD, unit="shares"),
     "30 % of the neurons, by forget score": Contender(choices={**THIRD, "rule": "top"}, unit="shares"),
     "30 % of the neurons, by forget score, none that are dual": Contender(
