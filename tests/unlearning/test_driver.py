@@ -10,6 +10,7 @@ import torch
 
 from tests.models import EXPERTS, tiny
 from torch_simu import NeuronSelection
+from torch_simu.layers import attention_projections, down_projections
 from torch_simu.unlearning import driver
 from torch_simu.unlearning.config import METHODS, UnlearnConfig
 from torch_simu.unlearning.data.examples import Example
@@ -275,3 +276,17 @@ def test_experts_that_no_hook_sees_are_refused_with_what_works(name):
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
     done = unlearn(model, [row], [row], config=config.updated(method="all_neurons"))
     assert done.changed_share > 0
+
+
+def test_attention_steps_by_covariances_as_if_its_inputs_were_selected(memorized):
+    model, examples = memorized
+    config = FAST.updated(method="simu", lr=0.04, max_steps=3)
+    full = {name: layer for part in (down_projections, attention_projections) for name, layer in part(model).items()}
+    chosen = NeuronSelection.full(model, list(full))
+    models = [copy.deepcopy(model) for _ in range(2)]
+    unlearn(models[0], examples["forget"], examples["retain"], config=config.updated(attention="full"))
+    unlearn(models[1], examples["forget"], examples["retain"], config=config, selection=chosen)
+    for name, param in model.named_parameters():
+        found, wanted = (each.get_parameter(name) for each in models)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert torch.equal(found, param) == (name.removesuffix(".weight") not in full)
