@@ -2,7 +2,7 @@
 
 Three small models of different families, sizes and seeds have memorized fictional people. A pilot of some minutes picks
 the choices of a run; that run and those of the grid (step size x share of neurons x retain term) then forget the whole
-set in copies of the model. A run of the grid has as many steps as the longest recommended one, and is made also where
+set in copies of the model. A run of the grid may take more steps than any recommended one, and is made also where
 the scores of a layer explain little of what its neurons do. Kept is the mean over rows of the probability beside what
 it was, of which more is no gain; world facts are in no batch of any run.
 Usage: python -m benchmarks.forgetting.recommending --minutes 2

@@ -30,9 +30,9 @@ def check_rate(name: str, rate: float | str) -> float | Literal["auto"]:
         ValueError: If it is another word, or not positive.
         TypeError: If it is neither word nor number.
     """
-    if isinstance(rate, str) and rate == "auto":
-        return "auto"
     if isinstance(rate, str):
+        if rate == "auto":
+            return "auto"
         raise ValueError(problem(f"{name} is {rate!r}", 'a number above 0 or "auto"'))
     try:
         return check_number(name, rate, low_open=True)
