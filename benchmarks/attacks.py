@@ -1,4 +1,4 @@
-"""What each attack brings back of the demo's forget set, after the default, its rivals and the paper's method.
+"""What each attack brings back of the demo's forget set, after the default, its rivals, controls and the paper's.
 
 Every model is attacked by all of `torch_simu.unlearning.attack` but fine-tuning on plain text, of which these models
 know none: relearning by AdamW on all weights or by LoRA matrices, fine-tuning on retain rows, rounding to 8 and 4 bits,
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.forgetting.cases import Case, demo_case
-from benchmarks.forgetting.harness.contenders import CONTENDERS, DEFAULT, RIVALS
+from benchmarks.forgetting.harness.contenders import CONTENDERS, CONTROLS, DEFAULT, RIVALS
 from benchmarks.forgetting.harness.running import forgotten
 from benchmarks.forgetting.harness.targets import TARGETS
 from benchmarks.forgetting.lasting import UNCHANGED, configured
@@ -27,7 +27,15 @@ from benchmarks.results import RESULTS, command, environment, write_result
 from torch_simu.unlearning.attack.attack import attack_model
 
 Row = dict[str, Any]
-METHODS = (*UNCHANGED, DEFAULT, "simu with an adversary of all weights", *RIVALS[:2], "simu_graddiff")
+METHODS = (
+    *UNCHANGED,
+    DEFAULT,
+    "simu with an adversary of all weights",
+    "simu, rehearsed, with an adversary",
+    *RIVALS,
+    "simu_graddiff",
+    *CONTROLS,
+)
 
 
 def unlearned(case: Case, seed: int, name: str) -> PreTrainedModel:

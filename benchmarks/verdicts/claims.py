@@ -103,8 +103,8 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
         "attacks": Claim(
             "On the demo no attack brings back more of what the default forgot than AdamW on a third of the rows, and "
             "of the default, without an adversary and with one, the worst attack brings back at most half of what it "
-            "brings back of first and second order on all weights with the same objective, and a third of what it "
-            "brings back of the paper's method.",
+            "brings back of first order, second order and SOUL's steps on all weights with the same objective, and a "
+            "third of what it brings back of the paper's method.",
             forgetting.attacks,
         ),
         "planted": Claim(

@@ -244,12 +244,12 @@ def attacks(rows: Sequence[Row]) -> Iterator[Part]:
         if name != "relearn":
             claim = f"probability of the default after {name}, beside relearn"
             yield part(claim, after("simu", name), "at most", after("simu", "relearn"))
-    rivals = [worst(name) for name in ("first order, all weights, bounded", "second order, all weights, bounded")]
+    rivals = [worst(name) for name in RIVALS]
     least = None if None in rivals else min(rivals)
     for method in ("simu", "simu with an adversary of all weights"):
         of = "the default" if method == "simu" else "the default with an adversary"
         claim = f"probability of {of} after its worst attack, beside"
         paper = worst("simu_graddiff")
         half, third = None if least is None else least / 2, None if paper is None else paper / 3
-        yield part(f"{claim} half of the least of first and second order", worst(method), "at most", half)
+        yield part(f"{claim} half of the least of the published steps", worst(method), "at most", half)
         yield part(f"{claim} a third of the paper's", worst(method), "at most", third)

@@ -22,6 +22,7 @@ from benchmarks.forgetting.harness.contenders import (
     everywhere,
     linear_layers,
     third_by_dual,
+    third_by_gradient_activation,
 )
 from benchmarks.forgetting.harness.measures import influence, measured, moved
 from benchmarks.forgetting.harness.rows import documents, side_by_side
@@ -31,11 +32,14 @@ from benchmarks.forgetting.harness.targets import TARGETS, TUNABLE, case_of, tun
 from benchmarks.forgetting.harness.taught import memorizing
 from benchmarks.forgetting.harness.tracing import EVERY, Trace
 from benchmarks.forgetting.lasting import attacked, best_rate, configured, file_of, lifted
+from torch_simu.curvature import scored_logits
 from torch_simu.layers import attention_projections, down_projections, neuron_weight
 from torch_simu.unlearning.attack.rows import split_rows
 from torch_simu.unlearning.config import UnlearnConfig, own_choices
+from torch_simu.unlearning.data.examples import collate
 from torch_simu.unlearning.data.rows import Row
 from torch_simu.unlearning.metrics.scoring import score_answers
+from torch_simu.unlearning.objectives import answer_logits
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,27 @@ def test_dual_neurons_are_dropped_or_alone_and_no_neuron_is_both(case: Case) -> 
     assert not (without & alone).num_selected and without.num_selected and alone.num_selected
     for layer in without:
         assert len(without[layer]) + len(alone[layer]) == round(SHARE * without.num_neurons[layer])
+
+
+def test_gradient_x_activation_chooses_what_scaling_a_column_changes_most(case: Case) -> None:
+    chosen = third_by_gradient_activation(case, 0)
+    model, rows = copy.deepcopy(case.model), case.sets["forget"]
+    batch = collate(rows, 0)
+    with torch.no_grad():
+        for layer, places in chosen.items():
+            weight, found = model.get_submodule(layer).weight, []
+            assert len(places) == round(SHARE * weight.shape[1])
+            for column in range(weight.shape[1]):
+                # The derivative of the log-likelihood by a column's scale, by central differences.
+                kept, likelihoods = weight[:, column].clone(), []
+                for scale in (1.05, 0.95):
+                    weight[:, column] = scale * kept
+                    logits, labels = scored_logits(answer_logits(model, batch), batch["labels"])
+                    likelihoods.append(-torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+                weight[:, column] = kept
+                found.append(likelihoods[0] - likelihoods[1])
+            expected = torch.stack(found).topk(len(places)).indices
+            assert len(set(expected.tolist()) & set(places.tolist())) >= 0.9 * len(places)
 
 
 def document(name: str, questions: int, answer: str, task: str = "Task2") -> list[Row]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.planted.column_scores import local_scores
 from torch_simu import NeuronSelection, attribute_neurons, whitening
-from torch_simu.attribution.attribution import Dual
+from torch_simu.attribution.attribution import Attribution, Dual
 from torch_simu.layers import attention_projections, down_projections, is_neuron_layer, neuron_weight
 from torch_simu.unlearning import adversary
 from torch_simu.unlearning.data.batches import batches_in_order
@@ -82,6 +83,18 @@ def third_at_random(case: Case, seed: int) -> NeuronSelection:
     return NeuronSelection.random(case.model, SHARE, torch.Generator().manual_seed(seed))
 
 
+def tenth_at_random(case: Case, seed: int) -> NeuronSelection:
+    """A tenth of the neurons of each layer."""
+    return NeuronSelection.random(case.model, FEW, torch.Generator().manual_seed(seed))
+
+
+def third_by_gradient_activation(case: Case, seed: int) -> NeuronSelection:
+    """The three tenths with the largest sum over the forget rows of gradient x activation."""
+    rows = case.sets["forget"]
+    scores = local_scores(case.model, rows)["gradient_activation"]
+    return Attribution({layer: each.sum(0) for layer, each in scores.items()}, {}, len(rows), {}).top(SHARE)
+
+
 def third_by_dual(dual: Dual) -> Callable[[Case, int], NeuronSelection]:
     """The three tenths with the highest forget scores, without those that are dual, or of these the dual ones alone."""
 
@@ -119,6 +132,7 @@ def damped_by_all() -> Iterator[None]:
 
 
 SHARE = 0.3
+FEW = 0.1
 BOUNDED = {"objective": "probability", "balance": True}
 STEP = {"method": "simu"}
 THIRD = {**STEP, "fraction": SHARE}
@@ -151,7 +165,16 @@ MASKS: Mapping[str, Contender] = {
     "30 % of the neurons, by forget score, dual ones alone": Contender(
         choices=STEP, unit="shares", mask=third_by_dual("isolate")
     ),
+    "30 % of the neurons, by an estimate of two passes": Contender(
+        choices={**THIRD, "rule": "top", "attribution_budget": 2}, unit="shares"
+    ),
+    "30 % of the neurons, by gradient x activation": Contender(
+        choices=STEP, unit="shares", mask=third_by_gradient_activation
+    ),
     "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
+    "10 % of the neurons, by contrast": Contender(choices={**STEP, "fraction": FEW}, unit="shares"),
+    "10 % of the neurons, by forget score": Contender(choices={**STEP, "fraction": FEW, "rule": "top"}, unit="shares"),
+    "10 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=tenth_at_random),
     "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
 }
 """The default's steps on other weights than its own, of any number."""
