@@ -12,7 +12,20 @@ from tests.pages import architectures
 from tests.pages.reading import DOCS
 
 TEXT = (DOCS / "reference" / "models.md").read_text()
-SAMPLE = ("apertus", "bart", "bloom", "ctrl", "gpt_oss", "mamba", "qwen2_moe", "reformer", "xglm", "xlm", "xlnet")
+SAMPLE = (
+    "apertus",
+    "bart",
+    "bloom",
+    "ctrl",
+    "gpt_oss",
+    "mamba",
+    "prophetnet",
+    "qwen2_moe",
+    "reformer",
+    "xglm",
+    "xlm",
+    "xlnet",
+)
 NAMES = architectures.TYPES if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else SAMPLE
 
 pytestmark = pytest.mark.skipif(

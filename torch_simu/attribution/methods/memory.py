@@ -91,7 +91,12 @@ def bytes_per_token(model: nn.Module, ids: Tensor) -> int:
             kept[storage] = tensor
         return tensor
 
-    def traced(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    def traced(_: nn.Module, __: object, output: object) -> object:
+        # Embeddings of positions may return those, too (ProphetNet).
+        if isinstance(output, tuple):
+            return tuple(traced(_, __, each) for each in output)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
         # No leaf, which models may not scale in place.
         return output.detach().requires_grad_().clone()
 
