@@ -78,14 +78,13 @@ def anywhere(case: Case, seed: int) -> NeuronSelection:
     return NeuronSelection.random(model, share, torch.Generator().manual_seed(seed), names)
 
 
-def third_at_random(case: Case, seed: int) -> NeuronSelection:
-    """Three tenths of the neurons of each layer."""
-    return NeuronSelection.random(case.model, SHARE, torch.Generator().manual_seed(seed))
+def at_random(share: float) -> Callable[[Case, int], NeuronSelection]:
+    """A share of the neurons of each layer."""
 
+    def mask(case: Case, seed: int) -> NeuronSelection:
+        return NeuronSelection.random(case.model, share, torch.Generator().manual_seed(seed))
 
-def tenth_at_random(case: Case, seed: int) -> NeuronSelection:
-    """A tenth of the neurons of each layer."""
-    return NeuronSelection.random(case.model, FEW, torch.Generator().manual_seed(seed))
+    return mask
 
 
 def third_by_gradient_activation(case: Case, seed: int) -> NeuronSelection:
@@ -171,10 +170,10 @@ MASKS: Mapping[str, Contender] = {
     "30 % of the neurons, by gradient x activation": Contender(
         choices=STEP, unit="shares", mask=third_by_gradient_activation
     ),
-    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=third_at_random),
+    "30 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=at_random(SHARE)),
     "10 % of the neurons, by contrast": Contender(choices={**STEP, "fraction": FEW}, unit="shares"),
     "10 % of the neurons, by forget score": Contender(choices={**STEP, "fraction": FEW, "rule": "top"}, unit="shares"),
-    "10 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=tenth_at_random),
+    "10 % of the neurons, at random": Contender(choices=STEP, unit="shares", mask=at_random(FEW)),
     "neurons by the paper's threshold": Contender(choices={**STEP, "rule": "threshold"}, unit="shares"),
 }
 """The default's steps on other weights than its own, of any number."""
